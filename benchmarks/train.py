@@ -1,0 +1,328 @@
+"""Train one network with one method and write what came out as one JSON file.
+
+    python benchmarks/train.py                                        # digits, ResNet-20, ATO: two minutes
+    python benchmarks/train.py --data cifar10 --data-dir DIR --method dense --epochs 16
+    python benchmarks/train.py --data cifar10 --data-dir DIR --method ato --epochs 16 --early --resume
+
+Methods, all with the same epochs, recipe, seed and order of the data:
+    ato        the optimizer of this package around SGD
+    dense      SGD alone
+    narrow     every layer thinned by the same factor before the first step, then SGD
+    magnitude  torch-pruning's one-shot global group magnitude (L2) at half time, then SGD goes on
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+import data
+import models
+
+try:
+    from ato_optim import ATO
+except ImportError:
+    pass
+
+RECORDED = ("model", "data", "method", "target_flops", "epochs", "batch", "lr", "warmup_epochs", "seed", "early", "ato")
+RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="resnet20", help="resnet20, resnet56 or a torchvision classification model")
+    add("--data", default="digits", choices=["digits", "cifar10", "cifar100", "imagefolder"])
+    add("--data-dir", type=Path)
+    add("--method", default="ato", choices=["ato", "dense", "narrow", "magnitude"])
+    add("--target-flops", type=float, default=0.45, help="share of the dense network's MACs that is kept")
+    add("--epochs", type=int, help="default: 40 on digits, 16 elsewhere")
+    add("--batch", type=int, default=128)
+    add("--lr", type=float, default=0.2, help="peak learning rate")
+    add("--warmup-epochs", type=float, default=1.5)
+    add("--seed", type=int, default=0)
+    add("--size", type=int, default=224, help="side that images of an ImageFolder tree are resized to")
+    add("--early", action="store_true", help="remove the channels as soon as they are zero, not at the end")
+    add("--ato", type=json.loads, default={}, help='further arguments of ATO as JSON: {"round_to": 8}')
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads; default: torch's")
+    add("--out", type=Path, default=Path("runs"), help="folder of checkpoint, JSON and figure")
+    add("--name", help="name of the run; default: data-model-method-seed")
+    add("--resume", action="store_true", help="go on from the run's own checkpoint, if there is one")
+    add("--save-every", type=float, default=60, metavar="S", help="seconds between checkpoints")
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    args.epochs = args.epochs or (40 if args.data == "digits" else 16)
+    args.name = args.name or f"{args.data}-{args.model}-{args.method}-{args.seed}"
+    return args
+
+
+def amp_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the hardware has it, else None for float32: emulated it is ten times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    has = torch.cpu.get_capabilities()
+    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else None
+
+
+def macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one forward, as torch's FlopCounterMode counts them."""
+    training = model.training
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(example)
+    model.train(training)
+    return counter.get_total_flops() // 2
+
+
+def cut(model: nn.Module, example: Tensor, target: float, importance: tp.importance.Importance, share: bool) -> None:
+    """Prune `model` in place with torch-pruning until at most `target` of its MACs are left.
+
+    With `share` every layer loses the same share of its channels, otherwise the least important channels
+    go wherever they are. Layers that write the output are left alone.
+    """
+    dense = macs(model, example)
+    classifier = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    training = model.training
+    model.eval()
+    steps = 1000 if share else 400
+    pruner = tp.pruner.BasePruner(
+        model, example, importance, global_pruning=not share, pruning_ratio=0.98, iterative_steps=steps,
+        ignored_layers=[classifier],
+    )  # fmt: skip
+    for _ in range(steps):
+        pruner.step()
+        if macs(model, example) <= target * dense:
+            break
+    model.train(training)
+
+
+def learning_rate(args: argparse.Namespace, step: int, per_epoch: int) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    warmup, total = args.warmup_epochs * per_epoch, args.epochs * per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: data.Batches, test: data.Split) -> tuple[float, Tensor]:
+    """Test accuracy in percent and the logits (N, classes), float32."""
+    model.eval()
+    logits = torch.cat([model(batches.normalise(images)) for images in test.images.split(500)])
+    model.train()
+    return 100 * (logits.argmax(1) == test.labels).float().mean().item(), logits
+
+
+@torch.no_grad()
+def latency(networks: dict[str, nn.Module], x: Tensor, repeats: int = 30) -> dict[str, float]:
+    """Median milliseconds of one forward on the batch `x`, the networks taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for model in networks.values():
+        model.eval()
+    for _ in range(repeats):
+        for name, model in networks.items():
+            start = time.perf_counter()
+            model(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} thread(s)"
+
+
+def commit() -> str | None:
+    """The commit of this checkout, None outside of one."""
+    call = ["git", "rev-parse", "--short", "--verify", "-q", "HEAD"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+class Run:
+    """One training run: what it holds, one step of it, its checkpoint."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device(args.device)
+        self.amp = amp_dtype(self.device)
+        train, self.test, classes = data.load(args.data, args.data_dir, args.size)
+        train, self.test = train.to(self.device), self.test.to(self.device)
+        image = tuple(train.images.shape[1:])
+        self.batches = data.Batches(
+            train, args.batch, args.seed, pad=max(1, image[1] // 8), flip=args.data != "digits"
+        )
+        self.total = args.epochs * self.batches.per_epoch
+        self.example = self.batches.normalise(train.images[:2])
+
+        torch.manual_seed(args.seed)
+        self.model = models.build(args.model, classes, image)
+        self.model.to(self.device, memory_format=torch.channels_last).train()
+        self.dense_macs = macs(self.model, self.example)
+        self.dense_parameters = sum(p.numel() for p in self.model.parameters())
+        if args.method == "narrow":
+            cut(self.model, self.example, args.target_flops, tp.importance.RandomImportance(), share=True)
+        self.optimizer = self._optimizer()
+        self.step, self.seconds = 0, 0.0
+        self.at_cut: dict[str, Any] = {}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        sgd = torch.optim.SGD(self.model.parameters(), lr=self.args.lr, **RECIPE)
+        if self.args.method != "ato":
+            return sgd
+        return ATO(
+            sgd, self.model, self.example,
+            target_flops=self.args.target_flops, total_steps=self.total, **self.args.ato,
+        )  # fmt: skip
+
+    def train_step(self) -> float:
+        if self.args.method == "magnitude" and self.step == self.total // 2:
+            cut(self.model, self.example, self.args.target_flops, tp.importance.GroupMagnitudeImportance(p=2), share=False)
+            self.optimizer = self._optimizer()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.args, self.step, self.batches.per_epoch)
+        images, labels = self.batches(self.step)
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            loss = F.cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        if self.args.method == "ato" and self.step == self.total or self.args.early and self.optimizer.removable:
+            self.remove()
+        return loss.item()
+
+    def remove(self) -> None:
+        """Compress, and measure the network on both sides of the cut."""
+        if self.at_cut:
+            return
+        trained = copy.deepcopy(self.model)
+        self.optimizer.compress()
+        accuracy, logits = evaluate(trained, self.batches, self.test)
+        accuracy_after, logits_after = evaluate(self.model, self.batches, self.test)
+        batch = self.batches.normalise(self.test.images[:64])
+        self.at_cut = {
+            "step": self.step,
+            "accuracy_before": accuracy,
+            "accuracy_after": accuracy_after,
+            "largest_logit": logits.abs().max().item(),
+            "largest_logit_difference": (logits - logits_after).abs().max().item(),
+            "latency_ms": latency({"before": trained, "after": self.model}, batch),
+        }
+        self.model.train()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.args.out / f"{self.args.name}.ckpt"
+
+    def save(self) -> None:
+        state = {"step": self.step, "seconds": self.seconds, "at_cut": self.at_cut, "optimizer": self.optimizer.state_dict()}
+        # A network that torch-pruning cut is kept as an object; ATO's checkpoint knows how to cut it again.
+        state["model"] = self.model.state_dict() if self.args.method == "ato" else self.model
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.checkpoint)
+
+    def load(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=self.args.method == "ato")
+        if self.args.method != "ato":
+            self.model = state["model"]
+            self.optimizer = self._optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.args.method == "ato":
+            self.model.load_state_dict(state["model"])
+        self.step, self.seconds, self.at_cut = state["step"], state["seconds"], state["at_cut"]
+
+    def result(self) -> dict[str, Any]:
+        accuracy, _ = evaluate(self.model, self.batches, self.test)
+        kept = macs(self.model, self.example)
+        return {
+            "command": "python benchmarks/train.py " + shlex.join(self.args.argv),
+            "arguments": {k: v for k, v in vars(self.args).items() if k in RECORDED},
+            "recipe": {"optimizer": "SGD", **RECIPE, "schedule": "linear warm-up, cosine to zero"},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "torch_pruning": tp.__version__, "commit": commit()},
+            "hardware": hardware(self.device),
+            "precision": str(self.amp or torch.float32),
+            "accuracy": accuracy,
+            "at_cut": self.at_cut,
+            "macs": kept // len(self.example),
+            "dense_macs": self.dense_macs // len(self.example),
+            "macs_kept": kept / self.dense_macs,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dense_parameters": self.dense_parameters,
+            "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as a table for a terminal."""
+    at_cut = result["at_cut"]
+    rows = [("", "trained", "compressed")]
+    if at_cut:
+        ms = at_cut["latency_ms"]
+        rows.append(("test accuracy at the cut, %", f"{at_cut['accuracy_before']:.2f}", f"{at_cut['accuracy_after']:.2f}"))
+        rows.append(("latency of 64 images, ms", f"{ms['before']:.2f}", f"{ms['after']:.2f}"))
+    rows.append(("MACs", f"{result['dense_macs']:,}", f"{result['macs']:,} ({result['macs_kept']:.1%})"))
+    rows.append(("parameters", f"{result['dense_parameters']:,}", f"{result['parameters']:,}"))
+    rows.append(("final test accuracy, %", "", f"{result['accuracy']:.2f}"))
+    lines = [f"{name:28s} {before:>12s} {after:>20s}" for name, before, after in rows]
+    if at_cut:
+        lines.append(
+            f"largest difference of their logits: {at_cut['largest_logit_difference']:.1e}"
+            f" (largest logit {at_cut['largest_logit']:.1f})"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    run = Run(args)
+    if args.resume and run.checkpoint.exists():
+        run.load()
+    start = saved = time.perf_counter()
+    before = run.seconds
+    with tqdm(total=run.total, initial=run.step, desc=args.name, mininterval=1) as bar:
+        while run.step < run.total:
+            loss = run.train_step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            now = time.perf_counter()
+            run.seconds = before + now - start
+            if now - saved > args.save_every:
+                run.save()
+                saved = now
+    result = run.result()
+    path = args.out / f"{args.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    run.checkpoint.unlink(missing_ok=True)
+    print(show(result))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
