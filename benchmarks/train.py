@@ -92,26 +92,42 @@ def macs(model: nn.Module, example: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def cut(model: nn.Module, example: Tensor, target: float, importance: tp.importance.Importance, share: bool) -> None:
-    """Prune `model` in place with torch-pruning until at most `target` of its MACs are left.
+def classifier(model: nn.Module) -> nn.Module:
+    """The last linear layer: its outputs are the network's and stay."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
 
-    With `share` every layer loses the same share of its channels, otherwise the least important channels
-    go wherever they are. Layers that write the output are left alone.
-    """
-    dense = macs(model, example)
-    classifier = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    training = model.training
+
+def thinned(model: nn.Module, example: Tensor, factor: float) -> nn.Module:
+    """A copy of `model` in which every layer keeps the first round(factor * channels) channels."""
+    small = copy.deepcopy(model)
+    graph = tp.DependencyGraph().build_dependency(small, example)
+    for group in graph.get_all_groups(ignored_layers=[classifier(small)]):
+        root, prune = group[0].dep.target.module, group[0].dep.handler
+        channels = graph.get_out_channels(root)
+        graph.get_pruning_group(root, prune, list(range(max(1, round(factor * channels)), channels))).prune()
+    return small.train()
+
+
+def narrow(model: nn.Module, example: Tensor, wanted: float) -> nn.Module:
+    """The uniformly thinned copy of `model` whose MACs are closest to `wanted`."""
+    low, high, networks = 0.0, 1.0, []
+    for _ in range(10):
+        networks.append(thinned(model, example, (low + high) / 2))
+        low, high = ((low + high) / 2, high) if macs(networks[-1], example) < wanted else (low, (low + high) / 2)
+    return min(networks, key=lambda network: abs(macs(network, example) - wanted))
+
+
+def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float) -> None:
+    """Remove the channels of the smallest group norm, wherever they are, until `wanted` MACs are left."""
+    steps = 400
     model.eval()
-    steps = 1000 if share else 400
     pruner = tp.pruner.BasePruner(
-        model, example, importance, global_pruning=not share, pruning_ratio=0.98, iterative_steps=steps,
-        ignored_layers=[classifier],
+        model, example, tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=0.98,
+        iterative_steps=steps, ignored_layers=[classifier(model)],
     )  # fmt: skip
-    for _ in range(steps):
+    while macs(model, example) > wanted:
         pruner.step()
-        if macs(model, example) <= target * dense:
-            break
-    model.train(training)
+    model.train()
 
 
 def learning_rate(args: argparse.Namespace, step: int, per_epoch: int) -> float:
@@ -182,7 +198,7 @@ class Run:
         self.dense_macs = macs(self.model, self.example)
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
         if args.method == "narrow":
-            cut(self.model, self.example, args.target_flops, tp.importance.RandomImportance(), share=True)
+            self.model = narrow(self.model, self.example, args.target_flops * self.dense_macs)
         self.optimizer = self._optimizer()
         self.step, self.seconds = 0, 0.0
         self.at_cut: dict[str, Any] = {}
@@ -198,7 +214,7 @@ class Run:
 
     def train_step(self) -> float:
         if self.args.method == "magnitude" and self.step == self.total // 2:
-            cut(self.model, self.example, self.args.target_flops, tp.importance.GroupMagnitudeImportance(p=2), share=False)
+            prune_by_magnitude(self.model, self.example, self.args.target_flops * self.dense_macs)
             self.optimizer = self._optimizer()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.args, self.step, self.batches.per_epoch)
