@@ -32,14 +32,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from ato_optim import ATO
+
 sys.path.insert(0, str(Path(__file__).parent))
 import data
 import models
-
-try:
-    from ato_optim import ATO
-except ImportError:
-    pass
 
 RECORDED = ("model", "data", "method", "target_flops", "epochs", "batch", "lr", "warmup_epochs", "seed", "early", "ato")
 RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}

@@ -1,0 +1,82 @@
+"""From the controller's logits to a mask that meets the budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cost import CostModel
+
+
+def minimum_widths(sizes: Tensor, min_width: float, round_to: int) -> Tensor:
+    """Fewest gates (layers,) int64 that each layer group keeps: a share of its size, at least one, rounded up."""
+    least = (sizes * min_width).ceil().long().clamp_min(1)
+    return torch.minimum((least + round_to - 1) // round_to * round_to, sizes)
+
+
+def ranks(scores: Tensor, layer_of_gate: Tensor) -> Tensor:
+    """Rank (gates,) int64 of each gate within its layer group by falling score, ties by position."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(layer_of_gate[order], stable=True)]
+    sizes = torch.bincount(layer_of_gate)
+    starts = sizes.cumsum(0) - sizes
+    result = torch.empty_like(order)
+    result[order] = torch.arange(len(order), device=order.device) - starts[layer_of_gate[order]]
+    return result
+
+
+def keep_minimum(gates: Tensor, scores: Tensor, layer_of_gate: Tensor, least: Tensor) -> Tensor:
+    """`gates` (gates,) bool with the best `least` (layers,) gates of every layer group opened."""
+    return gates | (ranks(scores, layer_of_gate) < least[layer_of_gate])
+
+
+def least_mask(layer_of_gate: Tensor, least: Tensor) -> Tensor:
+    """The mask (gates,) bool with minimum widths everywhere: the smallest network that can be reached."""
+    scores = torch.zeros(len(layer_of_gate), device=layer_of_gate.device)
+    return keep_minimum(scores.bool(), scores, layer_of_gate, least)
+
+
+def solve(
+    scores: Tensor, layer_of_gate: Tensor, cost: CostModel, target: float, least: Tensor, round_to: int = 1
+) -> Tensor:
+    """The mask (gates,) bool of highest scores whose MACs are at most `target` of the dense ones.
+
+    Gates of a layer group are opened in order of score, `round_to` at a time (the last lot of a group may be
+    smaller), beyond the minimum widths `least` (layers,). First the longest prefix of all lots, sorted by
+    mean score, that fits; then whatever further lot fits, best first: no lot fits into what is left.
+    """
+    num_gates, num_layers = len(scores), int(layer_of_gate.max()) + 1
+    rank = ranks(scores, layer_of_gate)
+    lot_in_layer = rank // round_to
+    most = int(lot_in_layer.max()) + 1
+    # Lots numbered layer by layer in order of rank, so that a stable sort keeps that order among ties.
+    _, lot = torch.unique(layer_of_gate * most + lot_in_layer, return_inverse=True)
+    ones = torch.ones(num_gates, dtype=torch.float64, device=scores.device)
+    num_lots = int(lot.max()) + 1
+    sums = torch.zeros(num_lots, dtype=torch.float64, device=scores.device)
+    mean = sums.index_add(0, lot, scores.double()) / sums.index_add(0, lot, ones)
+    position = torch.empty(num_lots, dtype=torch.long, device=scores.device)
+    position[torch.argsort(mean, descending=True, stable=True)] = torch.arange(num_lots, device=scores.device)
+    position_of_gate = position[lot]
+
+    budget = target * cost.dense
+    always = rank < least[layer_of_gate]
+
+    low, high = 0, num_lots  # the longest prefix that fits lies in [low, high]
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = cost(always | (position_of_gate < middle)).item() <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    mask = always | (position_of_gate < low)
+
+    while True:  # fill what is left, best first: the next lot of each layer group is a candidate
+        closed = torch.where(mask, num_lots, position_of_gate)
+        following = torch.full((num_layers,), num_lots, device=scores.device)
+        following = following.scatter_reduce(0, layer_of_gate, closed, "amin")
+        for candidate in following[following < num_lots].sort().values.tolist():
+            wider = mask | (position_of_gate == candidate)
+            if cost(wider).item() <= budget:
+                mask = wider
+                break
+        else:
+            return mask

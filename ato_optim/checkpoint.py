@@ -1,0 +1,60 @@
+"""A pruned network as a file: weights and the cut as plain data, no pickled code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from os import PathLike
+from typing import IO, TypeVar
+
+import torch
+from torch import nn
+
+from .compress import Cut, apply_cut
+
+FORMAT = "ato_optim.pruned"
+VERSION = 1
+CUT = "ato_cut"
+"""Attribute of a pruned network's root module that holds its cut."""
+
+Model = TypeVar("Model", bound=nn.Module)
+File = str | PathLike[str] | IO[bytes]
+
+
+def save_pruned(model: nn.Module, path: File) -> None:
+    """Write the compressed `model` to `path`: its state_dict and what was cut from the dense network.
+
+    Raises:
+        ValueError: if `model` was not compressed by ATO.
+    """
+    cut = getattr(model, CUT, None)
+    if not isinstance(cut, Cut):
+        raise ValueError(
+            f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense "
+            "model or a wrapper around it"
+        )
+    torch.save({"format": FORMAT, "version": VERSION, "cut": asdict(cut), "weights": model.state_dict()}, path)
+
+
+def load_pruned(dense_model: Model, path: File, map_location: torch.device | str | None = None) -> Model:
+    """Cut `dense_model` as the network in `path` was, load its weights, and return it.
+
+    The file is read with weights_only=True: it can hold no code. `dense_model` is changed in place and
+    keeps its device, dtype and mode; its outputs are then those of the saved network, to the bit.
+
+    Raises:
+        ValueError: if the file is none of save_pruned's, or was made from another architecture; the first
+            module that differs is named, and `dense_model` is as it was.
+    """
+    content = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"path ({path}) is no pruned network: write it with ato_optim.save_pruned")
+    if content["version"] != VERSION:
+        raise ValueError(
+            f"path ({path}) has format version {content['version']}, this ato_optim reads {VERSION}: "
+            "install the version that wrote it"
+        )
+    cut = Cut(**content["cut"])
+    apply_cut(cut, dense_model)
+    dense_model.load_state_dict(content["weights"])
+    setattr(dense_model, CUT, cut)
+    return dense_model

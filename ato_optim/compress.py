@@ -1,0 +1,169 @@
+"""Physical removal: torch-pruning cuts a copy once, and the cut it made is applied wherever it is wanted.
+
+The copy carries coordinates instead of weights, so that what torch-pruning leaves says which entries survive.
+The cut is plain data: the same one serves the trained model in place, an averaged copy, a fresh dense model
+that a file is loaded into, and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .groups import ForwardFn, Groups, remove_from, trace
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a removal leaves of a model, as plain data by names.
+
+    Attributes:
+        kept: tensor name -> dimension -> kept positions, for the parameters and buffers that shrink.
+        attributes: module name -> attribute -> value after the cut, for those that change (out_channels ...).
+        dense: tensor name -> shape before the cut, for all parameters and buffers.
+        modules: module name -> class name, for all modules.
+    """
+
+    kept: dict[str, dict[int, list[int]]]
+    attributes: dict[str, dict[str, Any]]
+    dense: dict[str, list[int]]
+    modules: dict[str, str]
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tensor with two names appears under both."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, PLAIN) or isinstance(value, tuple) and all(isinstance(v, PLAIN) for v in value)
+
+    return {
+        name: {key: value for key, value in vars(module).items() if is_plain(value) and key != "training"}
+        for name, module in model.named_modules()
+    }
+
+
+def describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Shapes of all tensors and classes of all modules: what a cut must match."""
+    shapes = {name: list(t.shape) for name, t in tensors(model).items()}
+    return shapes, {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def _kept_positions(coordinates: Tensor, shape: list[int]) -> dict[int, list[int]]:
+    """Dimension -> kept positions, from the flat coordinates that survived of a tensor of `shape`."""
+    kept, stride = {}, 1
+    for dim in reversed(range(len(shape))):
+        if coordinates.shape[dim] != shape[dim]:
+            line = coordinates.movedim(dim, 0).reshape(coordinates.shape[dim], -1)[:, 0]
+            kept[dim] = (line.long() // stride % shape[dim]).tolist()
+        stride *= shape[dim]
+    return kept
+
+
+def derive_cut(model: nn.Module, groups: Groups, mask: Tensor, example_inputs: Any, forward_fn: ForwardFn) -> Cut:
+    """The cut that torch-pruning makes when the gates (gates,) bool that are False in `mask` go. `model` is not touched."""
+    template = copy.deepcopy(model)
+    shapes, modules = describe(template)
+    before = _plain_attributes(template)
+    graph, _ = trace(template, example_inputs, forward_fn)
+    for tensor in tensors(template).values():
+        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
+    remove_from(graph, groups, mask.cpu())
+    left = tensors(template)
+    kept = {name: _kept_positions(left[name].detach(), shape) for name, shape in shapes.items()}
+    attributes = {
+        name: {key: value for key, value in values.items() if value != before[name].get(key)}
+        for name, values in _plain_attributes(template).items()
+    }
+    return Cut(
+        {name: dims for name, dims in kept.items() if dims},
+        {name: values for name, values in attributes.items() if values},
+        shapes,
+        modules,
+    )
+
+
+def check_cut(cut: Cut, model: nn.Module) -> None:
+    """Raise ValueError, naming the first module that differs, unless `cut` was made from a model like `model`."""
+    shapes, modules = describe(model)
+    for name in dict.fromkeys((*cut.modules, *modules)):
+        here, there = modules.get(name, "missing"), cut.modules.get(name, "missing")
+        if here != there:
+            raise ValueError(f"the cut belongs to another architecture: module '{name}' is {here}, expected {there}")
+    for name in dict.fromkeys((*cut.dense, *shapes)):
+        here_shape, there_shape = shapes.get(name), cut.dense.get(name)
+        if here_shape != there_shape:
+            module = name.rpartition(".")[0]
+            raise ValueError(
+                f"the cut belongs to another architecture: module '{module}' has {name} of shape {here_shape}, "
+                f"expected {there_shape}; pass the dense model from which the pruned one was made"
+            )
+
+
+def select(tensor: Tensor, kept: dict[int, list[int]], dense: list[int] | None = None) -> Tensor:
+    """The `kept` positions of `tensor`, channels_last if it was.
+
+    With `dense`, dimensions whose size is not the dense one are left whole (factored optimizer state).
+    """
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    for dim, positions in kept.items():
+        if dense is None or tensor.shape[dim] == dense[dim]:
+            tensor = tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Cut `model` in place; gradients are cut along. Returns the new parameter of each one that was replaced.
+
+    Raises ValueError if the model is another architecture.
+    """
+    check_cut(cut, model)
+    done: dict[int, Tensor] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name, dims in cut.kept.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        old = getattr(owner, leaf)
+        if id(old) not in done:
+            new: Tensor = select(old.detach(), dims)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+                if old.grad is not None:
+                    new.grad = select(old.grad, dims)
+                replaced[old] = new
+            done[id(old)] = new
+        setattr(owner, leaf, done[id(old)])
+    for name, values in cut.attributes.items():
+        for key, value in values.items():
+            setattr(model.get_submodule(name), key, value)
+    return replaced
+
+
+def carry_state(
+    optimizer: torch.optim.Optimizer, cut: Cut, names: dict[nn.Parameter, str], replaced: dict[nn.Parameter, nn.Parameter]
+) -> None:
+    """Put the new parameters into `optimizer` and index its state over, in place.
+
+    Args:
+        names: names of the old parameters in the model.
+        replaced: old parameter -> new parameter, from apply_cut.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(p, p) for p in group["params"]]
+    for old, new in replaced.items():
+        state = optimizer.state.pop(old, None)
+        if state is not None:
+            name = names[old]
+            kept, dense = cut.kept[name], cut.dense[name]
+            optimizer.state[new] = {
+                key: select(value, kept, dense) if isinstance(value, Tensor) and value.ndim == len(dense) else value
+                for key, value in state.items()
+            }

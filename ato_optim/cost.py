@@ -1,0 +1,128 @@
+"""MACs of the physically pruned network as an exact, differentiable function of the gates.
+
+    MACs(w) = c_0 + sum over layers l of u_l * kept_in_l(w) * kept_out_l(w)
+
+with u_l the MACs of layer l per pair of input and output channel, c_0 whatever no gate changes, and kept
+counts linear in w. The yardstick is torch's FlopCounterMode at two FLOPs a MAC. Counts are float64, which
+holds them to the unit up to 2^53.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .groups import ForwardFn, GateTable, Groups, call
+
+
+def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call) -> dict[str, int]:
+    """MACs of one forward in eval mode by module name; the empty name has the total.
+
+    The fused attention path goes uncounted by torch and is switched off meanwhile.
+    """
+    training = {module: module.training for module in model.modules()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            forward_fn(model.eval(), example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, flag in training.items():
+            module.training = flag
+    root = type(model).__name__ + "."
+    counts = {
+        name.removeprefix(root): sum(ops.values()) // 2
+        for name, ops in counter.get_flop_counts().items()
+        if name.startswith(root)
+    }
+    counts[""] = counter.get_total_flops() // 2
+    return counts
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Counts of kept channels of each layer, linear in the gates: fixed + sum of the gates at `gate`."""
+
+    fixed: Tensor
+    layer: Tensor
+    gate: Tensor
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        return self.fixed.index_add(0, self.layer, gates[self.gate])
+
+    def to(self, device: torch.device) -> Kept:
+        return Kept(self.fixed.to(device), self.layer.to(device), self.gate.to(device))
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """MACs of one forward on the example inputs as a function of the gates (gates,)."""
+
+    constant: float
+    unit: Tensor
+    inputs: Kept
+    outputs: Kept
+    num_gates: int
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        """MACs, a float64 scalar, for `gates` (gates,) of any float dtype or bool; differentiable in them."""
+        gates = gates.double()
+        return self.constant + (self.unit * self.inputs(gates) * self.outputs(gates)).sum()
+
+    @property
+    def dense(self) -> float:
+        """MACs with all gates open."""
+        return self(torch.ones(self.num_gates, device=self.unit.device)).item()
+
+    def to(self, device: torch.device) -> CostModel:
+        return CostModel(
+            self.constant, self.unit.to(device), self.inputs.to(device), self.outputs.to(device), self.num_gates
+        )
+
+
+def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], totals: list[int]) -> Kept:
+    """Kept counts of the layers whose (weight, dimension) has a slot, from the gates in `table`."""
+    fixed = torch.tensor(totals, dtype=torch.float64)
+    layers, gates = [], []
+    for name, dim, rows in zip(table.names, table.dims, table.gate.split(table.sizes), strict=True):
+        slot = slots.get((name, dim))
+        if slot is not None:
+            rows = rows[rows < num_gates]
+            fixed[slot] -= len(rows)
+            layers.append(torch.full((len(rows),), slot))
+            gates.append(rows)
+    empty = torch.empty(0, dtype=torch.long)
+    return Kept(fixed, torch.cat([empty, *layers]), torch.cat([empty, *gates]))
+
+
+def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> CostModel:
+    """The cost model of `model` under `groups`, from its own `counts` (see count_macs)."""
+    units: list[float] = []
+    totals: tuple[list[int], list[int]] = ([], [])
+    slots: tuple[dict[tuple[str, int], int], dict[tuple[str, int], int]] = ({}, {})
+    names = {p: name for name, p in model.named_parameters()}
+    rest = counts[""]
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not counts.get(name):
+            continue
+        out_dim = int(getattr(module, "transposed", False))
+        # A depthwise convolution has one input channel a group, whatever is removed.
+        grouped = getattr(module, "groups", 1) > 1
+        sizes = 1 if grouped else module.weight.shape[1 - out_dim], module.weight.shape[out_dim]
+        for side, dim in enumerate((1 - out_dim, out_dim)):
+            totals[side].append(sizes[side])
+            slots[side][names[module.weight], dim] = len(units)
+        units.append(counts[name] / (sizes[0] * sizes[1]))
+        rest -= counts[name]
+    return CostModel(
+        float(rest),
+        torch.tensor(units, dtype=torch.float64),
+        _kept(groups.consumers, groups.num_gates, slots[0], totals[0]),
+        _kept(groups.producers, groups.num_gates, slots[1], totals[1]),
+        groups.num_gates,
+    )

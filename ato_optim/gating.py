@@ -1,0 +1,147 @@
+"""Masking a network by its consumers' columns, for a controller turn.
+
+Zeroing the columns that read channel g gives W' = W * w, the masked network. By the chain rule dL/dw_g is
+the sum over those columns of W . dL/dW', so that the weight gradients which the user's backward leaves
+behind hold the gate gradients. Weights are masked during forward and backward alone, in place and unseen by
+autograd's version counters; between the two they are what they were.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from .groups import GateTable
+
+
+class Masking:
+    """The masked columns of one model for the gates (gates,) float of one controller turn."""
+
+    def __init__(self, model: nn.Module, table: GateTable, gates: Tensor):
+        self.model, self.table, self.gates = model, table, gates
+        self._weights: list[Tensor] | None = None
+        self._buffers: list[Tensor] = []
+
+    @property
+    def on(self) -> bool:
+        return self._weights is not None
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Multiply the consumers' columns by the gates, once."""
+        if self.on:
+            return
+        parameters = self.table.parameters(self.model)
+        self._weights = [p.clone() for p in parameters]
+        torch._foreach_mul_(parameters, self.table.split(self.gates))
+        # autocast keeps low-precision copies of weights, which are stale now.
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the columns back, to the bit."""
+        if self._weights is None:
+            return
+        torch._foreach_copy_(self.table.parameters(self.model), self._weights)
+        self._weights = None
+        torch.clear_autocast_cache()
+
+    def snapshot_buffers(self) -> None:
+        """Remember all buffers, norm statistics among them."""
+        self._buffers = [b.detach().clone() for b in self.model.buffers()]
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
+            buffer.data.copy_(before)
+        self._buffers = []
+
+
+@torch.no_grad()
+def gate_gradient(model: nn.Module, table: GateTable, num_gates: int) -> Tensor:
+    """dL/dw (gates,) float32, from the unmasked weights and the gradients of a masked forward and backward."""
+    products = []
+    for name in table.names:
+        parameter = model.get_parameter(name)
+        gradient = parameter.grad
+        products.append(torch.zeros_like(parameter) if gradient is None else parameter * gradient)
+    return table.sum(products, num_gates).float()
+
+
+class TurnHooks:
+    """Hooks on the root module that run a controller turn's training forward and its backward masked.
+
+    They ask `request` for the masking before each forward in training mode with gradients enabled; None means
+    an ordinary one. What no such forward and no backward through its outputs sees, nothing sees: weights are
+    put back after the forward, exception or not, masked again when the backward reaches the model's outputs,
+    and put back when it ends. Buffers are put back after the forward. Copies of the model, by deepcopy or
+    pickle, carry hooks that do nothing.
+    """
+
+    def __init__(self, model: nn.Module, request: Callable[[], Masking | None]):
+        self._request: weakref.WeakMethod[Any] | None = weakref.WeakMethod(request)
+        self._masking: Masking | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self.before),
+            model.register_forward_hook(self.after, always_call=True),
+        ]
+
+    @property
+    def alive(self) -> bool:
+        return self._request is not None and self._request() is not None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: Any) -> None:
+        request = self._request() if self._request is not None else None
+        if request is None or not module.training or not torch.is_grad_enabled():
+            return
+        self._masking = request()
+        if self._masking is not None:
+            self._masking.snapshot_buffers()
+            self._masking.apply()
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        masking, self._masking = self._masking, None
+        if masking is None:
+            return
+        masking.undo()
+        masking.restore_buffers()
+
+        def backward_begins(gradient: Tensor) -> None:
+            masking.apply()
+            torch.autograd.Variable._execution_engine.queue_callback(masking.undo)
+
+        for tensor in _pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                tensor.register_hook(backward_begins)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurnHooks:
+        return _inert()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
+
+
+def _inert() -> TurnHooks:
+    hooks = object.__new__(TurnHooks)
+    hooks._request, hooks._masking, hooks._handles = None, None, []
+    return hooks
+
+
+def hooks_of(model: nn.Module) -> TurnHooks | None:
+    """The live hooks of the ATO that has `model`, if one has."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, TurnHooks) and owner.alive:
+            return owner
+    return None

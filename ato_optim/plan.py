@@ -1,0 +1,93 @@
+"""All that is settled about a model before its training begins: groups, cost, and the proof that they are right."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cost import CostModel, build_cost, count_macs
+from .groups import ForwardFn, Groups, discover
+from .proof import objections
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups and cost of one model.
+
+    Attributes:
+        groups: what can be pruned, and what not and why.
+        cost: MACs as a function of the gates.
+        layer_of_gate: (gates,) int64, the layer group of each gate.
+        sizes: (layers,) int64, how many gates each layer group has.
+        shapes: of all parameters, by name, before anything is removed.
+    """
+
+    groups: Groups
+    cost: CostModel
+    layer_of_gate: Tensor
+    sizes: Tensor
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer_of_gate.device
+
+    def count_parameters(self, mask: Tensor) -> int:
+        """Entries of all parameters when the gates (gates,) that are False in `mask` are removed."""
+        sizes = {name: list(shape) for name, shape in self.shapes.items()}
+        for table in (self.groups.producers, self.groups.consumers):
+            for name, dim, open_ in zip(table.names, table.dims, table.split(mask), strict=True):
+                sizes[name][dim] = int(open_.sum())
+        return sum(math.prod(shape) for shape in sizes.values())
+
+
+def make_plan(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, ignored: list[nn.Module], trained: set[Any]
+) -> Plan:
+    """The plan of `model`, which is not touched, nor is the global random state.
+
+    Groups with parameters outside of `trained` are left alone, and so are those that fail the trial.
+
+    Raises:
+        ValueError: if the model refuses the example inputs.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng():
+        copied = copy.deepcopy(model)
+        try:
+            counts = count_macs(copied, example_inputs, forward_fn)
+        except Exception as error:
+            raise ValueError(
+                f"example_inputs ({_describe(example_inputs)}) are refused by the model: pass what one forward "
+                "takes, or a forward_fn that runs it"
+            ) from error
+        twin = dict(zip(model.modules(), copied.modules(), strict=True))
+        parameters = dict(zip(model.parameters(), copied.parameters(), strict=True))
+        frozen = [there for here, there in parameters.items() if here not in trained]
+        excluded: dict[str, str] = {}
+        while True:
+            groups = discover(
+                copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen, excluded
+            )
+            cost = build_cost(copied, groups, counts)
+            failed = objections(model, groups, cost, example_inputs, forward_fn)
+            if not failed:
+                break
+            excluded |= failed
+    layer_of_gate = groups.layer_of_gate()
+    return Plan(
+        groups.to(device),
+        cost.to(device),
+        layer_of_gate.to(device),
+        torch.tensor([layer.size for layer in groups.layers], dtype=torch.long, device=device),
+        {name: tuple(p.shape) for name, p in model.named_parameters()},
+    )
+
+
+def _describe(inputs: Any) -> str:
+    return f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"

@@ -1,0 +1,101 @@
+"""Proof by trial: groups whose removal changes the output, or costs other than predicted, are found before training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from .cost import CostModel, count_macs
+from .groups import ForwardFn, Groups, LayerGroup, remove
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs, relative to the largest output."""
+
+
+@torch.no_grad()
+def _randomised(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without the zeros of a fresh network (biases, running means), which hide what is not exact."""
+    copied = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    for parameter in copied.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(noise(parameter), alpha=0.5)
+    for name, buffer in copied.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(noise(buffer), alpha=0.5)
+    return copied
+
+
+def _third(groups: Groups, chosen: Sequence[LayerGroup]) -> Tensor:
+    """A mask (gates,) bool that closes a random third, one at least and not all, of the gates of the `chosen`."""
+    mask = torch.ones(groups.num_gates, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(1)
+    for layer in chosen:
+        closed = torch.randperm(layer.size, generator=generator)[: max(1, layer.size // 3)]
+        mask[layer.start + closed[: layer.size - 1]] = False
+    return mask
+
+
+@torch.no_grad()
+def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> None:
+    """Set all producer entries of the groups that `mask` (gates,) bool closes to zero, in place."""
+    torch._foreach_mul_(groups.producers.parameters(model), groups.producers.split(mask.float()))
+
+
+def difference(outputs: Any, others: Any) -> float:
+    """Largest absolute difference of two nests of tensors, relative to the largest value; inf if shapes differ."""
+    pairs = list(zip(_pytree.tree_leaves(outputs), _pytree.tree_leaves(others), strict=True))
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
+    if any(a.shape != b.shape for a, b in tensors):
+        return float("inf")
+    largest = max((a.abs().max().item() for a, _ in tensors), default=0.0)
+    apart = max(((a - b).abs().max().item() for a, b in tensors), default=0.0)
+    return apart / max(largest, 1e-12) if apart == apart else float("inf")
+
+
+def _objection(
+    model: nn.Module, groups: Groups, chosen: Sequence[LayerGroup], cost: CostModel, inputs: Any, forward_fn: ForwardFn
+) -> str | None:
+    """What goes wrong when a third of the gates of the `chosen` is removed; None if nothing does."""
+    mask = _third(groups, chosen)
+    masked, pruned = _randomised(model), _randomised(model)
+    zero_producers(masked, groups, mask.to(next(model.parameters()).device))
+    try:
+        remove(pruned, groups, mask, inputs, forward_fn)
+        with torch.no_grad():
+            apart = difference(forward_fn(masked, inputs), forward_fn(pruned, inputs))
+    except Exception as error:  # whatever torch-pruning or the cut model raises is a reason to leave the group alone
+        return f"cannot be cut by torch-pruning ({type(error).__name__}: {error})"
+    if not apart <= TOLERANCE:
+        return f"its removal would change the output by {apart:.0e} of the largest value"
+    if count_macs(pruned, inputs, forward_fn)[""] != cost(mask).item():
+        return "its share of the MACs cannot be predicted"
+    return None
+
+
+def objections(
+    model: nn.Module, groups: Groups, cost: CostModel, example_inputs: Any, forward_fn: ForwardFn
+) -> dict[str, str]:
+    """Root layers of the groups that fail the trial, with the reason: found by halving. `model` is not touched."""
+    failed: dict[str, str] = {}
+    stack = [groups.layers] if groups.layers else []
+    while stack:
+        chosen = stack.pop()
+        reason = _objection(model, groups, chosen, cost, example_inputs, forward_fn)
+        if reason is None:
+            continue
+        if len(chosen) == 1:
+            failed[chosen[0].root] = reason
+        else:
+            half = len(chosen) // 2
+            stack += [chosen[:half], chosen[half:]]
+    return failed

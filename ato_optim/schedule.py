@@ -1,0 +1,70 @@
+"""When things happen in a run: pure functions of the number of optimizer steps that are done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["warmup", "search", "commit", "zero"]
+
+MANY_TURNS = 500
+"""Controller turns that suffice: longer runs space them out, up to LARGEST_INTERVAL."""
+LARGEST_INTERVAL = 20
+SMALLEST_INTERVAL = 3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a run of `total_steps` steps.
+
+    warm-up [0, search), search [search, commit) with the pull from `pull` on, commit [commit, zero), zero
+    from `zero` on. A boundary is the number of steps done when its phase begins.
+    """
+
+    total_steps: int
+    search: int
+    pull: int
+    commit: int
+    zero: int
+    interval: int
+    pull_steps: float
+    """Time constant, in steps, of the timed pull while searching."""
+
+    @classmethod
+    def over(
+        cls, total_steps: int, phases: tuple[float, ...], pull_time: float, interval: int | None = None
+    ) -> Schedule:
+        """Boundaries at the shares `phases` of the run.
+
+        `interval` steps lie between controller turns; by default as many as leave about MANY_TURNS turns,
+        within [SMALLEST_INTERVAL, LARGEST_INTERVAL].
+        """
+        search, pull, commit, zero = (int(share * total_steps) for share in phases)
+        if interval is None:
+            interval = min(max((commit - search) // MANY_TURNS, SMALLEST_INTERVAL), LARGEST_INTERVAL)
+        zero = min(max(zero, commit + 1), max(total_steps, commit + 1))
+        return cls(total_steps, search, pull, commit, zero, interval, max(1.0, pull_time * total_steps))
+
+    def phase(self, step: int) -> Phase:
+        if step < self.search:
+            return "warmup"
+        if step < self.commit:
+            return "search"
+        return "commit" if step < self.zero else "zero"
+
+    def turn_due(self, step: int, last_turn: int) -> bool:
+        """Whether the training forward after `step` steps is a controller turn, the last one being at `last_turn`."""
+        return self.phase(step) == "search" and step - max(last_turn, self.search - 1) >= self.interval
+
+    def pulls(self, step: int) -> bool:
+        """Whether masked groups are pulled after the update that makes `step` steps done."""
+        return step > self.pull
+
+    def steps_left(self, step: int) -> float:
+        """Steps that a masked group has until it is zero, at the pull of the update that makes `step` steps done."""
+        return self.pull_steps if step <= self.commit else max(1, self.zero - step + 1)
+
+    def grown(self, step: int, penalty: tuple[float, float]) -> float:
+        """The penalty lambda at `step`: penalty[0] while searching, geometrically to penalty[1] while committing."""
+        share = min(max(0.0, (step - self.commit) / (self.zero - self.commit)), 1.0)
+        return penalty[0] * (penalty[1] / penalty[0]) ** share
