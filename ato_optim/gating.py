@@ -33,33 +33,26 @@ class Masking:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Multiply the consumers' columns by the gates, once."""
+        """Multiply the consumers' columns by the gates, once, and remember them and all buffers."""
         if self.on:
             return
         parameters = self.table.parameters(self.model)
         self._weights = [p.clone() for p in parameters]
+        self._buffers = [b.data.clone() for b in self.model.buffers()]
         torch._foreach_mul_(parameters, self.table.split(self.gates))
         # autocast keeps low-precision copies of weights, which are stale now.
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the columns back, to the bit."""
+        """Put columns and buffers (norm statistics among them) back, to the bit."""
         if self._weights is None:
             return
         torch._foreach_copy_(self.table.parameters(self.model), self._weights)
-        self._weights = None
-        torch.clear_autocast_cache()
-
-    def snapshot_buffers(self) -> None:
-        """Remember all buffers, norm statistics among them."""
-        self._buffers = [b.detach().clone() for b in self.model.buffers()]
-
-    @torch.no_grad()
-    def restore_buffers(self) -> None:
         for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
             buffer.data.copy_(before)
-        self._buffers = []
+        self._weights, self._buffers = None, []
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
@@ -77,15 +70,15 @@ class TurnHooks:
     """Hooks on the root module that run a controller turn's training forward and its backward masked.
 
     They ask `request` for the masking before each forward in training mode with gradients enabled; None means
-    an ordinary one. What no such forward and no backward through its outputs sees, nothing sees: weights are
-    put back after the forward, exception or not, masked again when the backward reaches the model's outputs,
-    and put back when it ends. Buffers are put back after the forward. Copies of the model, by deepcopy or
-    pickle, carry hooks that do nothing.
+    an ordinary one. Nothing else sees masked weights: weights and buffers are put back after the forward,
+    masked again when the backward reaches the model's outputs, and put back when it ends, in an exception or
+    not. Copies of the model, by deepcopy or pickle, carry hooks that do nothing.
     """
 
     def __init__(self, model: nn.Module, request: Callable[[], Masking | None]):
         self._request: weakref.WeakMethod[Any] | None = weakref.WeakMethod(request)
         self._masking: Masking | None = None
+        self._recomputing = False
         self._handles = [
             model.register_forward_pre_hook(self.before),
             model.register_forward_hook(self.after, always_call=True),
@@ -104,22 +97,23 @@ class TurnHooks:
         request = self._request() if self._request is not None else None
         if request is None or not module.training or not torch.is_grad_enabled():
             return
-        self._masking = request()
-        if self._masking is not None:
-            self._masking.snapshot_buffers()
-            self._masking.apply()
+        masking = request()
+        if masking is not None:
+            # It is on already when a checkpointed forward is recomputed in the backward.
+            self._recomputing = masking.on
+            masking.apply()
+        self._masking = masking
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         masking, self._masking = self._masking, None
-        if masking is None:
+        if masking is None or self._recomputing:
             return
         masking.undo()
-        masking.restore_buffers()
 
         def backward_begins(gradient: Tensor) -> None:
             masking.apply()
-            torch.autograd.Variable._execution_engine.queue_callback(masking.undo)
+            torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(masking.undo))
 
         for tensor in _pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
@@ -132,9 +126,21 @@ class TurnHooks:
         return _inert, ()
 
 
+class _AtTheEnd:
+    """A callback of autograd's engine that also runs when the backward ends in an exception and drops it uncalled."""
+
+    def __init__(self, action: Callable[[], None]):
+        self._action = action
+
+    def __call__(self) -> None:
+        self._action()
+
+    __del__ = __call__
+
+
 def _inert() -> TurnHooks:
     hooks = object.__new__(TurnHooks)
-    hooks._request, hooks._masking, hooks._handles = None, None, []
+    hooks._request, hooks._masking, hooks._recomputing, hooks._handles = None, None, False, []
     return hooks
 
 

@@ -149,6 +149,10 @@ def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple
     return graph, {node for node in graph.module2node.values() if node.grad_fn in functions}
 
 
+Role = tuple[bool, nn.Parameter, int, list[int], list[int]]
+"""(writes, parameter, dimension, positions, root channels): what a parameter has to do with a group."""
+
+
 class _Builder:
     """Collects the tables of the groups that may be pruned."""
 
@@ -162,7 +166,7 @@ class _Builder:
         self.consumers: dict[tuple[str, int], Tensor] = {}
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
 
-    def add(self, group: Group, roles: list[tuple[bool, nn.Parameter, int, list[int], list[int]]]) -> None:
+    def add(self, group: Group, roles: list[Role], layers: tuple[str, ...]) -> None:
         root = group[0].dep.target.module
         size = len(group[0].idxs)
         for writes, parameter, dim, positions, roots in roles:
@@ -170,7 +174,7 @@ class _Builder:
             key = (self.names[parameter], dim)
             rows = table.setdefault(key, torch.full((parameter.shape[dim],), -1))
             rows[torch.tensor(positions)] = torch.tensor(roots) + self.gates
-        self.layers.append(LayerGroup(self.module_names[root], self.gates, size, written_layers(group, self)))
+        self.layers.append(LayerGroup(self.module_names[root], self.gates, size, layers))
         self.gates += size
 
     def table(self, rows: dict[tuple[str, int], Tensor]) -> GateTable:
@@ -188,22 +192,22 @@ class _Builder:
 
 
 def written_layers(group: Group, builder: _Builder) -> tuple[str, ...]:
-    """Names of the layers whose output channels `group` prunes."""
-    written = (
+    """Names of the layers whose output channels `group` prunes, in the model's order."""
+    written = {
         dep.target.module
         for dep, _ in group
         if dep.target.type in (*_READERS, OPTYPE.DEPTHWISE_CONV) and _prunes_outputs(group, dep)
-    )
-    return tuple(dict.fromkeys(builder.module_names[module] for module in written))
+    }
+    return tuple(name for module, name in builder.module_names.items() if module in written)
 
 
 def _prunes_outputs(group: Group, dep: Any) -> bool:
     return group._DG.is_out_channel_pruning_fn(dep.handler)
 
 
-def _roles(group: Group) -> list[tuple[bool, nn.Parameter, int, list[int], list[int]]]:
-    """(writes, parameter, dimension, positions, root channels) of each parameter that `group` touches."""
-    roles = []
+def _roles(group: Group) -> list[Role]:
+    """The roles of all parameters that `group` touches."""
+    roles: list[Role] = []
     for item in group.items:
         node, idxs, roots = item.dep.target, item.idxs, item.root_idxs
         module = node.module
@@ -264,13 +268,15 @@ def discover(
     graph, outputs = trace(model, example_inputs, forward_fn)
     builder = _Builder(model)
     ignored = {child for layer in ignored_layers for child in layer.modules()}
-    for group in graph.get_all_groups():
+    order = {name: k for k, name in enumerate(builder.module_names.values())}
+    named = [(written_layers(group, builder), group) for group in graph.get_all_groups()]
+    for layers, group in sorted(named, key=lambda pair: order[pair[0][0]]):
         name = builder.module_names[group[0].dep.target.module]
         reason = (excluded or {}).get(name) or _reason_against(group, outputs, ignored, set(frozen))
         if reason is None:
-            builder.add(group, _roles(group))
+            builder.add(group, _roles(group), layers)
         else:
-            builder.left_out.append(LeftOut(written_layers(group, builder), reason))
+            builder.left_out.append(LeftOut(layers, reason))
     return builder.build()
 
 

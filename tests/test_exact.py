@@ -1,0 +1,104 @@
+"""Removal changes nothing, and the cost model knows what it leaves."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from networks import NETWORKS, example
+
+from ato_optim.compress import apply_cut, derive_cut
+from ato_optim.cost import build_cost, count_macs
+from ato_optim.gating import Masking
+from ato_optim.groups import call, discover
+from ato_optim.plan import make_plan
+from ato_optim.proof import _randomised, difference, zero_producers
+
+
+def random_mask(groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(groups.num_gates, generator=generator) < 0.6
+    for layer in groups.layers:
+        mask[layer.start] = True
+    return mask
+
+
+def planned(network):
+    model = _randomised(network())
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert all(entry.reason == "is an output of the model" for entry in plan.groups.left_out)
+    return model, plan
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_zeroed_equals_masked_equals_removed(network, seed):
+    model, plan = planned(network)
+    mask, x = random_mask(plan.groups, seed), example(seed=seed)
+    cut = derive_cut(model, plan.groups, mask, example(), call)
+    small = copy.deepcopy(model)
+    apply_cut(cut, small)
+    zeroed = copy.deepcopy(model)
+    zero_producers(zeroed, plan.groups, mask)
+    masking = Masking(model, plan.groups.consumers, mask.float())
+    masking.apply()
+    with torch.no_grad():
+        assert difference(zeroed(x), small(x)) < 1e-5
+        assert difference(model(x), small(x)) < 1e-5
+        assert difference(copy.deepcopy(zeroed)(x), zeroed(x)) == 0
+    assert count_macs(small, example())[""] == plan.cost(mask).item()
+    assert sum(p.numel() for p in small.parameters()) == plan.count_parameters(mask)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "squeezenet1_1"])
+def test_predicted_macs_are_measured_macs_on_torchvision(name):
+    model = torchvision.models.get_model(name, weights=None).eval()
+    x = torch.randn(1, 3, 64, 64)
+    traced = copy.deepcopy(model)
+    groups = discover(traced, x)
+    cost = build_cost(model, groups, count_macs(model, x))
+    mask = random_mask(groups, 0)
+    cut = derive_cut(model, groups, mask, x, call)
+    apply_cut(cut, model)
+    assert count_macs(model, x)[""] == cost(mask).item()
+
+
+def test_cost_is_differentiable_to_the_unit():
+    """As a function that is linear in each single gate, its derivative is the difference between open and closed."""
+    _, plan = planned(Concat := NETWORKS[1])
+    gates = random_mask(plan.groups, 3).double().requires_grad_()
+    plan.cost(gates).backward()
+    for gate in (0, 5, 11):
+        open_, closed = gates.detach().clone(), gates.detach().clone()
+        open_[gate], closed[gate] = 1, 0
+        assert gates.grad[gate] == plan.cost(open_) - plan.cost(closed), Concat
+
+
+class ShiftedSum(torch.nn.Module):
+    """sigmoid(0) is not zero: the first layer's channels cannot go."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 4, 1))
+
+    def forward(self, x):
+        return self.c(self.b(torch.sigmoid(self.a(x))).relu())
+
+
+def test_what_is_not_exact_is_left_alone_with_a_reason():
+    model = ShiftedSum()
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert [layer.layers for layer in plan.groups.layers] == [("b",)]
+    reasons = {entry.layers: entry.reason for entry in plan.groups.left_out}
+    assert "change the output" in reasons[("a",)]
+    assert "output of the model" in reasons[("c",)]
+
+
+def test_planning_touches_neither_model_nor_random_state():
+    model = NETWORKS[0]().train()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    make_plan(model, example(), call, [], set(model.parameters()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training and all(m.training for m in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

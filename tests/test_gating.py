@@ -1,0 +1,219 @@
+"""Controller turns: what is read is right, what must not be touched or seen is not."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, Flatten, Residual, batches, example
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ato_optim import ATO
+from ato_optim.gating import Masking, gate_gradient, hooks_of
+from ato_optim.groups import call
+from ato_optim.plan import make_plan
+
+
+def with_explicit_gates(model, table, gates):
+    """Multiply what each consumer reads by its gates, inside autograd."""
+    owners = {f"{name}.weight": module for name, module in model.named_modules()}
+    for name, part in zip(table.names, table.split(gates), strict=True):
+
+        def multiply(module, inputs, part=part):
+            (x,) = inputs
+            return (x * part.reshape(-1, *[1] * (x.ndim - 2)),)
+
+        owners[name].register_forward_pre_hook(multiply)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gate_gradient_is_autograds(network):
+    model = network().double()
+    plan = make_plan(model, example().double(), call, [], set(model.parameters()))
+    gates = (torch.rand(plan.groups.num_gates) < 0.7).double()
+    x, y = next(iter(batches(1)))
+    x = x.double()
+
+    explicit = copy.deepcopy(model)
+    variable = gates.clone().requires_grad_()
+    with_explicit_gates(explicit, plan.groups.consumers, variable)
+    torch.manual_seed(1)
+    expected_loss = F.cross_entropy(explicit(x), y)
+    expected_loss.backward()
+
+    masking = Masking(model, plan.groups.consumers, gates)
+    masking.apply()
+    torch.manual_seed(1)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    masking.undo()
+    torch.testing.assert_close(loss, expected_loss)
+    found = gate_gradient(model, plan.groups.consumers, plan.groups.num_gates)
+    assert variable.grad.abs().max() > 0
+    torch.testing.assert_close(found, variable.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+class HandGated(nn.Module):
+    """Gates written by hand, as in the authors' code: after norm and ReLU, on the residual stream and inside."""
+
+    def __init__(self, net: Residual, inner: torch.Tensor):
+        super().__init__()
+        self.net, self.inner = net, inner
+
+    def forward(self, x):
+        net = self.net
+        x = net.stem(x)
+        inner = net.one(x) * self.inner[:, None, None]
+        x = torch.relu(x + net.norm(net.two(inner)))
+        return net.fc((net.wider(x) + net.short(x)).mean((2, 3)))
+
+
+def test_gate_gradient_equals_gates_written_by_hand():
+    model = Residual().double()
+    plan = make_plan(model, example().double(), call, [], set(model.parameters()))
+    (layer,) = [layer for layer in plan.groups.layers if layer.layers == ("one.0",)]
+    gates = torch.ones(plan.groups.num_gates, dtype=torch.double)
+    gates[layer.start : layer.start + 4] = 0
+    hand = HandGated(copy.deepcopy(model), gates[layer.gates].clone().requires_grad_())
+    x, y = next(iter(batches(1)))
+    F.cross_entropy(hand(x.double()), y).backward()
+    masking = Masking(model, plan.groups.consumers, gates)
+    masking.apply()
+    F.cross_entropy(model(x.double()), y).backward()
+    masking.undo()
+    found = gate_gradient(model, plan.groups.consumers, plan.groups.num_gates)[layer.gates]
+    torch.testing.assert_close(found, hand.inner.grad.float(), rtol=1e-4, atol=1e-7)
+
+
+def at_a_turn(network=Residual, **options):
+    """A model and its ATO, the next training forward of which is a controller turn with closed gates."""
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=100, interval=3, **options)
+    for x, y in batches(12):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        optimizer.controller.head.sub_(0.02 * torch.arange(len(optimizer.controller.head))[:, None] % 0.2)
+    assert optimizer._turn_due
+    return model, optimizer
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_turn_moves_the_controller_and_nothing_else():
+    model, optimizer = at_a_turn()
+    before, momenta = snapshot(model), copy.deepcopy(optimizer.base.state_dict()["state"])
+    controller = snapshot(optimizer.controller)
+    x, y = next(iter(batches(1)))
+    with torch.no_grad():
+        plain = model.train()(x)
+    model.load_state_dict(before)
+    masked = model(x)
+    assert (masked - plain).abs().max() > 1e-3, "the turn's forward ran unmasked"
+    optimizer.zero_grad()
+    F.cross_entropy(masked, y).backward()
+    optimizer.step()
+    assert same(before, model.state_dict())
+    for index, state in optimizer.base.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], momenta[index]["momentum_buffer"])
+    assert not same(controller, optimizer.controller.state_dict())
+
+
+def test_masked_weights_are_seen_by_the_training_forward_alone():
+    """Evaluation, state_dict, deepcopy, an exception: at every moment of a turn they meet the real weights."""
+    model, optimizer = at_a_turn()
+    before = snapshot(model)
+    x, y = next(iter(batches(1)))
+
+    def evaluated(network):
+        network.eval()
+        with torch.no_grad():
+            out = network(x)
+        network.train()
+        return out
+
+    expected = evaluated(model)
+    loss = F.cross_entropy(model(x), y)
+    for _ in range(2):  # between forward and backward, and after it
+        assert same(before, model.state_dict())
+        assert torch.equal(evaluated(model), expected)
+        assert torch.equal(evaluated(copy.deepcopy(model)), expected)
+        with torch.no_grad():
+            model(x)  # in train mode, but no training forward: moves the norm statistics, nothing else
+        for name, buffer in model.named_buffers():
+            buffer.data.copy_(before[name])
+        if loss is not None:
+            loss.backward()
+            loss = None
+
+    handle = model.fc.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    handle.remove()
+    assert same(before, model.state_dict())
+
+
+def test_an_exception_in_the_backward_leaves_no_masked_weights_behind():
+    model, optimizer = at_a_turn()
+    before = snapshot(model)
+    x, y = next(iter(batches(1)))
+    handle = model.one[0].register_full_backward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        F.cross_entropy(model(x), y).backward()
+    handle.remove()
+    assert same(before, model.state_dict())
+
+
+def test_the_backward_runs_masked_also_under_activation_checkpointing():
+    """What a checkpointed segment recomputes in the backward must be the masked network again."""
+
+    class Checkpointed(Residual):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    gradients = []
+    for network, outer in (Residual, False), (Checkpointed, False), (Residual, True):
+        torch.manual_seed(0)
+        model, optimizer = at_a_turn(network)
+        x, y = next(iter(batches(1)))
+        optimizer.zero_grad()
+        before = snapshot(model)
+        out = checkpoint(model, x, use_reentrant=False) if outer else model(x)
+        F.cross_entropy(out, y).backward()
+        assert same(before, model.state_dict())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, inner, outer in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, inner)
+        torch.testing.assert_close(plain, outer)
+
+
+def test_gradients_accumulate_over_a_turn():
+    model, optimizer = at_a_turn(Flatten)
+    model.head[3].p = 0.0
+    x, y = next(iter(batches(1)))
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    whole = gate_gradient(model, optimizer.plan.groups.consumers, optimizer.plan.groups.num_gates)
+    optimizer.zero_grad()
+    for part in range(2):
+        (F.cross_entropy(model(x[4 * part : 4 * part + 4]), y[4 * part : 4 * part + 4]) / 2).backward()
+    parts = gate_gradient(model, optimizer.plan.groups.consumers, optimizer.plan.groups.num_gates)
+    torch.testing.assert_close(whole, parts)
+
+
+def test_copies_of_the_model_are_free():
+    model, optimizer = at_a_turn()
+    copied = copy.deepcopy(model)
+    assert hooks_of(model) is not None and hooks_of(copied) is None
+    ATO(torch.optim.SGD(copied.parameters(), lr=0.1), copied, example(), target_flops=0.5, total_steps=10)
+    del optimizer
+    ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=0.5, total_steps=10)
