@@ -1,0 +1,295 @@
+"""ATO as an optimizer: equal to its base where it must be, committed in time, cut without loss."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, Depthwise, Flatten, Residual, batches, example
+
+from ato_optim import ATO
+from ato_optim.proof import difference
+
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "fused adam": lambda p: torch.optim.Adam(p, lr=3e-3, fused=True),
+}
+
+
+def make(network=Residual, base="sgd", target_flops=0.5, total_steps=60, **options):
+    torch.manual_seed(0)
+    model = network()
+    return model, ATO(
+        BASES[base](model.parameters()), model, example(), target_flops=target_flops, total_steps=total_steps, **options
+    )
+
+
+def train(model, optimizer, steps, skip=0):
+    losses = []
+    for k, (x, y) in enumerate(batches(skip + steps)):
+        if k < skip:
+            continue
+        torch.manual_seed(k)  # dropout
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def masked_entries(model, optimizer):
+    """All producer entries of the masked groups, and of the others, as two flat tensors."""
+    producers = optimizer.plan.groups.producers
+    gates = producers.split(optimizer.mask.float())
+    data = [(p, g.expand_as(p).bool()) for p, g in zip(producers.parameters(model), gates, strict=True)]
+    return torch.cat([p[~g] for p, g in data]), torch.cat([p[g] for p, g in data])
+
+
+@pytest.mark.parametrize("network", [Residual, Flatten])
+@pytest.mark.parametrize("base", BASES)
+def test_with_the_whole_budget_it_is_its_base_optimizer_bit_for_bit(network, base):
+    model, optimizer = make(network, base, target_flops=1, total_steps=50)
+    torch.manual_seed(0)
+    plain = network()
+    bare = BASES[base](plain.parameters())
+    assert train(model, optimizer, 50) == train(plain, bare, 50)
+    for one, other in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    mine, theirs = optimizer.state_dict()["state"], bare.state_dict()["state"]
+    for index, state in theirs.items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(mine[index][key]), torch.as_tensor(value))
+    assert optimizer.compress() is model
+
+
+@pytest.mark.parametrize("projection", ["timed", "proximal", "halfspace"])
+@pytest.mark.parametrize("base", BASES)
+def test_committed_groups_reach_zero_stay_there_and_the_budget_is_met(base, projection):
+    model, optimizer = make(base=base, projection=projection)
+    train(model, optimizer, optimizer.schedule.zero)
+    assert optimizer.removable
+    for extra in (0, 5):  # momentum and weight decay go on for five steps more
+        train(model, optimizer, extra)
+        masked, others = masked_entries(model, optimizer)
+        assert len(masked) and (masked == 0.0).all()
+        assert (others != 0.0).float().mean() > 0.9
+    report = optimizer.report()
+    assert 0.49 * report.macs_before <= report.macs_after <= 0.5 * report.macs_before
+    train(model, optimizer, 60 - optimizer.schedule.zero - 5)
+    x = example(seed=5)
+    model.eval()
+    with torch.no_grad():
+        trained = model(x)
+        small = optimizer.compress()
+        assert difference(trained, small(x)) < 1e-5
+    assert small is model and sum(p.numel() for p in small.parameters()) == report.parameters_after
+
+
+def test_masked_groups_are_pulled_gently_while_searching():
+    """A channel that is masked for the whole search is small at commit, and not zero: it could come back."""
+    model, optimizer = make(total_steps=200)
+    train(model, optimizer, optimizer.schedule.pull + 1)
+    optimizer.mask[:4] = False
+    optimizer.controller = None  # nobody changes the mask now
+    before = masked_entries(model, optimizer)[0].norm()
+    train(model, optimizer, optimizer.schedule.commit - optimizer.schedule.pull - 1)
+    after = masked_entries(model, optimizer)[0]
+    assert 0.01 * before < after.norm() < 0.5 * before
+    assert (after != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_training_goes_on_after_an_early_compress_as_if_nothing_had_happened(network):
+    """The small network with the carried momentum, and the big one with its zeros, take the same steps."""
+    big, slow = make(network)
+    small, fast = make(network)
+    for model, optimizer in (big, slow), (small, fast):
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.5)
+        for step in range(60):
+            train(model, optimizer, 1, skip=step)
+            scheduler.step()
+            if model is small and optimizer.removable:
+                before = [group["lr"] for group in optimizer.param_groups]
+                assert optimizer.compress() is small
+                assert optimizer.param_groups is optimizer.base.param_groups
+                assert [group["lr"] for group in optimizer.param_groups] == before
+                assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+                    id(p) for p in small.parameters()
+                }
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 0.125)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in big.parameters())
+    slow.compress()
+    for name, tensor in big.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+    for (_, mine), (_, theirs) in zip(fast.state.items(), slow.state.items(), strict=True):
+        torch.testing.assert_close(mine["momentum_buffer"], theirs["momentum_buffer"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_is_indexed_over_to_the_bit(base):
+    model, optimizer = make(Depthwise, base)
+    train(model, optimizer, 40)
+    names = {p: name for name, p in model.named_parameters()}
+    before = {names[p]: copy.deepcopy(state) for p, state in optimizer.state.items()}
+    optimizer.compress()
+    cut = optimizer.cut
+    assert cut.kept
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            old = before[name][key]
+            if isinstance(value, torch.Tensor) and value.ndim:
+                for dim, kept in cut.kept.get(name, {}).items():
+                    old = old[(slice(None),) * dim + (kept,)]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(old))
+    assert train(model, optimizer, 3)
+
+
+def test_compress_of_a_copy_leaves_training_alone():
+    model, optimizer = make()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    train(model, optimizer, 60)
+    averaged.update_parameters(model)
+    before = copy.deepcopy(model.state_dict())
+    small = optimizer.compress(inplace=False)
+    small_average = optimizer.compress(model=averaged)
+    assert small is not model and not optimizer.cut
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert {k: v.shape for k, v in small.state_dict().items()} == {
+        k: v.shape for k, v in small_average.state_dict().items()
+    }
+    train(model, optimizer, 2)
+    optimizer.compress()
+    assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert optimizer.compress() is model
+    train(model, optimizer, 2)
+
+
+def test_a_run_may_be_longer_than_it_said():
+    model, optimizer = make()
+    train(model, optimizer, 75)
+    assert (masked_entries(model, optimizer)[0] == 0).all()
+    assert optimizer.report().step == 75
+    optimizer.compress()
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 7])
+def test_short_runs(total_steps):
+    model, optimizer = make(total_steps=total_steps)
+    train(model, optimizer, total_steps)
+    optimizer.compress()
+    report = optimizer.report()
+    assert report.macs_after <= 0.5 * report.macs_before
+
+
+def test_channels_last_survives_compress():
+    model, optimizer = make()
+    model.to(memory_format=torch.channels_last)
+    train(model, optimizer, 60)
+    optimizer.compress()
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+
+
+@pytest.mark.parametrize("stop", [3, 8, 20, 29, 33, 45])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, early):
+    def go_on(model, optimizer, first, last):
+        for step in range(first, last):
+            train(model, optimizer, 1, skip=step)
+            if early and optimizer.removable:
+                optimizer.compress()
+
+    model, optimizer = make()
+    go_on(model, optimizer, 0, 60)
+    other, first = make()
+    go_on(other, first, 0, stop)
+    file = io.BytesIO()
+    torch.save({"optimizer": first.state_dict(), "model": other.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    torch.manual_seed(123)
+    resumed_model = Residual()
+    resumed = ATO(
+        BASES["sgd"](resumed_model.parameters()), resumed_model, example(), target_flops=0.5, total_steps=60
+    )
+    resumed.load_state_dict(state["optimizer"])
+    resumed_model.load_state_dict(state["model"])
+    go_on(resumed_model, resumed, stop, 60)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed_model.state_dict()[key]), key
+    assert torch.equal(optimizer.mask, resumed.mask)
+    assert optimizer.history == resumed.history
+
+
+def test_a_copy_of_model_and_optimizer_trains_like_the_original():
+    model, optimizer = make()
+    train(model, optimizer, 10)
+    twin = copy.deepcopy(optimizer)
+    assert twin.model is not model and twin.param_groups is twin.base.param_groups
+    assert train(twin.model, twin, 30, skip=10) == train(model, optimizer, 30, skip=10)
+    assert torch.equal(twin.mask, optimizer.mask)
+
+
+def test_groups_and_zero_grad_are_the_base_optimizers():
+    model, optimizer = make(Flatten)
+    extra = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    assert optimizer.param_groups[-1] is optimizer.base.param_groups[-1]
+    assert optimizer.param_groups[-1]["momentum"] == 0.9
+    train(model, optimizer, 1)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert "SGD" in repr(optimizer.base) and "lr: 0.5" in repr(optimizer)
+
+
+def test_closures():
+    model, optimizer = make(base="adamw")
+    plain, other = make(base="adamw")
+    for x, y in batches(60):
+        torch.manual_seed(0)
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        torch.manual_seed(0)
+        other.zero_grad()
+        expected = F.cross_entropy(plain(x), y)
+        expected.backward()
+        other.step()
+        assert loss.item() == expected.item()
+    assert torch.equal(optimizer.mask, other.mask)
+
+
+def test_loss_scaling_and_its_skipped_steps():
+    """A scale of 65,536 changes no update of the controller; a step skipped for inf advances nothing."""
+    results = []
+    for scaled in (False, True):
+        model, optimizer = make(base="fused adam")
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=10_000, enabled=scaled)
+        for step, (x, y) in enumerate(batches(30)):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            if scaled and step in (5, 15):
+                before, count = copy.deepcopy(model.state_dict()), optimizer.step_count
+                scaler.scale(F.cross_entropy(model(x), y) * float("inf")).backward()
+                buffers = {name for name, _ in model.named_buffers()}
+                scaler.step(optimizer)
+                assert optimizer.step_count == count
+                assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k not in buffers)
+                model.load_state_dict(before)
+                scaler.update(65536.0)
+                optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(optimizer)
+    one, other = results
+    assert one.step_count == other.step_count
+    torch.testing.assert_close(one.controller.head, other.controller.head, rtol=1e-3, atol=1e-5)
