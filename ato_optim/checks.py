@@ -13,6 +13,7 @@ from .projection import Projection
 
 
 def base_and_model(base: Any, model: Any) -> None:
+    """A base optimizer and a module."""
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(
             f"base_optimizer is a {type(base).__name__}: pass a torch.optim optimizer, such as "
@@ -33,6 +34,7 @@ def numbers(
     phases: Sequence[float],
     projection: str,
 ) -> None:
+    """The numbers of ATO's signature and the projection's name."""
     if not 0 < target_flops <= 1:
         raise ValueError(
             f"target_flops={target_flops} is not in (0, 1]: it is the share of the dense MACs that is kept, 0.45 say"
@@ -40,7 +42,9 @@ def numbers(
     if total_steps != int(total_steps) or total_steps < 1:
         raise ValueError(f"total_steps={total_steps}: pass how often step() will be called, epochs * len(loader)")
     if not 0 <= min_width <= 1:
-        raise ValueError(f"min_width={min_width} is not in [0, 1]: it is the share of its channels a layer keeps at least")
+        raise ValueError(
+            f"min_width={min_width} is not in [0, 1]: it is the share of its channels a layer keeps at least"
+        )
     if round_to != int(round_to) or round_to < 1:
         raise ValueError(f"round_to={round_to}: pass the whole number that widths shall be multiples of, 8 say")
     if interval is not None and interval < 1:
@@ -55,6 +59,7 @@ def numbers(
 
 
 def parameters(base: torch.optim.Optimizer, model: nn.Module) -> None:
+    """The base optimizer holds the model's parameters and no others."""
     own = set(model.parameters())
     if not own:
         raise ValueError(f"model ({type(model).__name__}) has no parameters")
@@ -80,6 +85,7 @@ def modules(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Modu
 
 
 def budget(target_flops: float, plan: Plan, least: float) -> None:
+    """Something can be pruned, and the budget can be reached."""
     if target_flops == 1:
         return
     if not plan.groups.layers:
@@ -92,7 +98,10 @@ def budget(target_flops: float, plan: Plan, least: float) -> None:
         )
 
 
-def checkpoint(saved: dict[str, Any] | None, version: int, settings: dict[str, Any], compressed: bool) -> None:
+def checkpoint(
+    saved: dict[str, Any] | None, version: int, settings: dict[str, Any], compressed: bool
+) -> dict[str, Any]:
+    """`saved`, the entry "ato" of a state_dict, if it fits this ATO's settings."""
     if saved is None:
         raise ValueError(
             'state_dict has no entry "ato": it was not taken from an ATO; load it into the base optimizer instead'
@@ -103,8 +112,13 @@ def checkpoint(saved: dict[str, Any] | None, version: int, settings: dict[str, A
         if saved["settings"][name] != value:
             there = saved["settings"][name]
             if name == "groups":
-                difference = next((p for p in zip(there, value, strict=False) if p[0] != p[1]), (len(there), len(value)))
+                difference = next(
+                    (p for p in zip(there, value, strict=False) if p[0] != p[1]), (len(there), len(value))
+                )
                 raise ValueError(f"state_dict belongs to another model: prunable groups differ at {difference}")
             raise ValueError(f"state_dict was taken with {name}={there}, this ATO has {name}={value}: build it alike")
     if compressed and saved["cut"] is None:
-        raise ValueError("state_dict was taken before compress(), this ATO's model is compressed: load into a dense one")
+        raise ValueError(
+            "state_dict was taken before compress(), this ATO's model is compressed: load into a dense one"
+        )
+    return saved

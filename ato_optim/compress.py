@@ -43,7 +43,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     def is_plain(value: Any) -> bool:
-        return isinstance(value, PLAIN) or isinstance(value, tuple) and all(isinstance(v, PLAIN) for v in value)
+        return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(isinstance(v, PLAIN) for v in value))
 
     return {
         name: {key: value for key, value in vars(module).items() if is_plain(value) and key != "training"}
@@ -69,7 +69,7 @@ def _kept_positions(coordinates: Tensor, shape: list[int]) -> dict[int, list[int
 
 
 def derive_cut(model: nn.Module, groups: Groups, mask: Tensor, example_inputs: Any, forward_fn: ForwardFn) -> Cut:
-    """The cut that torch-pruning makes when the gates (gates,) bool that are False in `mask` go. `model` is not touched."""
+    """The cut that torch-pruning makes when the gates that `mask` (gates,) bool closes go. `model` is not touched."""
     template = copy.deepcopy(model)
     shapes, modules = describe(template)
     before = _plain_attributes(template)
@@ -148,7 +148,10 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
 
 
 def carry_state(
-    optimizer: torch.optim.Optimizer, cut: Cut, names: dict[nn.Parameter, str], replaced: dict[nn.Parameter, nn.Parameter]
+    optimizer: torch.optim.Optimizer,
+    cut: Cut,
+    names: dict[nn.Parameter, str],
+    replaced: dict[nn.Parameter, nn.Parameter],
 ) -> None:
     """Put the new parameters into `optimizer` and index its state over, in place.
 

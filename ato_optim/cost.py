@@ -105,7 +105,7 @@ def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> Cost
     units: list[float] = []
     totals: tuple[list[int], list[int]] = ([], [])
     slots: tuple[dict[tuple[str, int], int], dict[tuple[str, int], int]] = ({}, {})
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     rest = counts[""]
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not counts.get(name):

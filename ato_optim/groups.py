@@ -115,7 +115,7 @@ class Groups:
 
     def layer_of_gate(self) -> Tensor:
         """(gates,) int64: the index of each gate's layer group."""
-        sizes = torch.tensor([layer.size for layer in self.layers])
+        sizes = torch.tensor([layer.size for layer in self.layers], dtype=torch.long)
         return torch.arange(len(self.layers)).repeat_interleave(sizes)
 
     def to(self, device: torch.device) -> Groups:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .budget import keep_minimum, least_mask, minimum_widths, solve
+from .budget import least_mask, minimum_widths
 from .checkpoint import CUT
 from .compress import Cut, apply_cut, carry_state, derive_cut
-from .controller import Controller, binarise, controller_loss, gumbel_noise
 from .gating import Masking, TurnHooks, gate_gradient, hooks_of
 from .groups import ForwardFn, call
 from .plan import Plan, make_plan
-from .projection import Projection, halfspace, masked_shares, proximal, timed
+from .projection import Projection, halfspace, masked_shares, timed
 from .report import Report, Width
 from .schedule import Schedule
+from .search import Search
 from .unwrap import unwrap
 
 VERSION = 1
@@ -47,10 +47,10 @@ class ATO(torch.optim.Optimizer):
         round_to: widths are multiples of this (or the dense width).
         projection: what pulls masked channels to zero: "timed" (default), or "proximal" or "halfspace" as in
             the paper.
-        pull_time: "timed": time constant of the pull while searching, as a share of the run.
-        penalty: "proximal" and "halfspace": lambda while searching, and what it has grown to at the end of
+        pull_time: for "timed": time constant of the pull while searching, as a share of the run.
+        penalty: for "proximal" and "halfspace": lambda while searching, and what it has grown to at the end of
             the commit phase.
-        epsilon: "halfspace": in [0, 1), how early a shrinking group is set to zero.
+        epsilon: for "halfspace": in [0, 1), how early a shrinking group is set to zero.
         phases: shares of the run at which search, pull, commit and the exact zeros begin.
         interval: steps between controller turns; default: such that there are about 500, from 3 to 20 steps.
         gamma: weight of the budget in the controller's loss.
@@ -94,8 +94,8 @@ class ATO(torch.optim.Optimizer):
         self.base = base_optimizer
         self.model = root
         self.target_flops, self.total_steps = float(target_flops), int(total_steps)
-        self.projection, self.penalty, self.epsilon = projection, tuple(penalty), epsilon
-        self.gamma, self.round_to, self.seed = gamma, int(round_to), int(seed)
+        self.projection, self.penalty, self.epsilon = projection, penalty, epsilon
+        self.round_to = int(round_to)
         self.schedule = Schedule.over(total_steps, tuple(phases), pull_time, interval)
         self.example_inputs, self.forward_fn = example_inputs, forward_fn or call
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
@@ -103,17 +103,19 @@ class ATO(torch.optim.Optimizer):
             root, example_inputs, self.forward_fn, checks.modules(root, ignored_layers), trained
         )
         self.least = minimum_widths(self.plan.sizes, min_width, self.round_to)
+        self.least_flops = self.plan.share(least_mask(self.plan.layer_of_gate, self.least))
+        """The least budget that the model can reach with min_width and round_to."""
         checks.budget(self.target_flops, self.plan, self.least_flops)
         self.mask = torch.ones(self.plan.groups.num_gates, dtype=torch.bool, device=self.plan.device)
-        self.controller: Controller | None = None
+        self.search: Search | None = None
         if self.target_flops < 1:
-            self.controller = Controller(self.plan.layer_of_gate.cpu(), self.seed).to(self.plan.device)
-            self.controller_optimizer = torch.optim.AdamW(
-                self.controller.parameters(), lr=controller_lr, weight_decay=controller_weight_decay
+            self.search = Search(
+                self.plan, self.least, self.target_flops, gamma, controller_lr, controller_weight_decay, int(seed)
             )
         self.step_count, self.last_turn = 0, -1
         self.history: list[tuple[int, float]] = []
         self.cut: Cut | None = None
+        self._own = (*vars(self), "_own")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._attach()
 
@@ -141,8 +143,8 @@ class ATO(torch.optim.Optimizer):
         if closure is not None and self._turn_due:
             with torch.enable_grad():
                 loss = closure()
-        if self._turn is not None:
-            self._controller_turn(self._turn)
+        if self.search is not None and self._turn is not None:
+            self._controller_turn(self.search, self._turn)
         else:
             loss = self.base.step(closure) if closure is not None else self.base.step()
             self._pull(self.step_count + 1)
@@ -150,7 +152,8 @@ class ATO(torch.optim.Optimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in vars(self).items() if key in _KEPT}
+        # Hooks stay behind, and so do a turn under way and what schedulers have put on the instance.
+        own = {key: value for key, value in vars(self).items() if key in self._own}
         return {**own, "defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,11 +170,9 @@ class ATO(torch.optim.Optimizer):
             "last_turn": self.last_turn,
             "mask": self.mask.clone(),
             "history": [list(entry) for entry in self.history],
+            "search": None if self.search is None else self.search.state_dict(),
             "cut": None if self.cut is None else asdict(self.cut),
         }
-        if self.controller is not None:
-            state["ato"]["controller"] = copy.deepcopy(self.controller.state_dict())
-            state["ato"]["controller_optimizer"] = copy.deepcopy(self.controller_optimizer.state_dict())
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,17 +181,15 @@ class ATO(torch.optim.Optimizer):
         Raises:
             ValueError: if the checkpoint is of another format, model, budget or length of run; nothing is changed.
         """
-        saved = state_dict.get("ato")
-        checks.checkpoint(saved, VERSION, self._settings(), self.cut is not None)
+        saved = checks.checkpoint(state_dict.get("ato"), VERSION, self._settings(), self.cut is not None)
         if saved["cut"] is not None and self.cut is None:
             self._apply(Cut(**saved["cut"]))
         self.base.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.step_count, self.last_turn = saved["step_count"], saved["last_turn"]
         self.history = [tuple(entry) for entry in saved["history"]]
         self.mask = saved["mask"].to(self.plan.device)
-        if self.controller is not None:
-            self.controller.load_state_dict(saved["controller"])
-            self.controller_optimizer.load_state_dict(saved["controller_optimizer"])
+        if self.search is not None:
+            self.search.load_state_dict(saved["search"])
         self._detach()
         self._attach()
 
@@ -212,7 +211,7 @@ class ATO(torch.optim.Optimizer):
     @property
     def searching(self) -> bool:
         """Whether controller turns are still to come."""
-        return self.controller is not None and self.cut is None and self.step_count < self.schedule.commit
+        return self.search is not None and self.cut is None and self.step_count < self.schedule.commit
 
     @property
     def removable(self) -> bool:
@@ -225,37 +224,18 @@ class ATO(torch.optim.Optimizer):
 
     def _request_masking(self) -> Masking | None:
         """The masking of the coming training forward: the same for all forwards of one step."""
-        if self._turn is None and self._turn_due:
+        if self.search is not None and self._turn is None and self._turn_due:
             with torch.no_grad():
-                gates = self._sample()
+                gates = self.search.gates(self.step_count)
             self._turn = Masking(self.model, self.plan.groups.consumers, gates)
         return self._turn
 
-    def _sample(self) -> Tensor:
-        """Gates (gates,) of this step's controller turn, differentiable in the controller's weights."""
-        assert self.controller is not None
-        logits = self.controller()
-        noise = gumbel_noise(len(logits), self.seed, self.step_count).to(logits)
-        gates = binarise(logits, noise)
-        kept = keep_minimum(gates > 0.5, logits + noise, self.plan.layer_of_gate, self.least)
-        return gates + (kept.to(gates.dtype) - gates).detach()
-
-    def _controller_turn(self, turn: Masking) -> None:
+    def _controller_turn(self, search: Search, turn: Masking) -> None:
         """Learn from the gradients that the user's backward through the masked network left."""
-        assert self.controller is not None
         turn.undo()
-        plan = self.plan
-        gradient = gate_gradient(self.model, plan.groups.consumers, plan.groups.num_gates)
-        with torch.enable_grad():
-            gates = self._sample()
-            share = plan.cost(gates) / plan.cost.dense
-            loss = controller_loss(gates, gradient, share, self.target_flops, self.gamma)
-            self.controller_optimizer.zero_grad()
-            loss.backward()
-        self.controller_optimizer.step()
-        with torch.no_grad():
-            logits = self.controller()
-        self.mask = keep_minimum(logits >= 0, logits, plan.layer_of_gate, self.least)
+        gradient = gate_gradient(self.model, turn.table, len(self.mask))
+        search.learn(self.step_count, gradient)
+        self.mask = search.proposal()
         self._note_share()
         self.last_turn, self._turn = self.step_count, None
 
@@ -267,32 +247,26 @@ class ATO(torch.optim.Optimizer):
         left = self.schedule.steps_left(step)
         producers = self.plan.groups.producers
         parameters = producers.parameters(self.model)
+        factor: Tensor | float
         if self.projection == "timed" or left <= 1:
-            factor: Tensor | float = timed(left)
+            factor = timed(left)
         else:
-            rate = float(self.param_groups[0]["lr"]) * self.schedule.grown(step, self.penalty)
             squares = producers.sum(torch._foreach_mul(parameters, parameters), len(self.mask))
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
-            norm, threshold = squares.sqrt(), rate * shares
-            by_norm = self.projection == "proximal"
-            factor = proximal(norm, threshold) if by_norm else halfspace(norm, threshold, self.epsilon)
-        factors = torch.where(self.mask, 1.0, factor)
-        torch._foreach_mul_(parameters, producers.split(factors))
+            threshold = self.schedule.grown(step, self.penalty) * float(self.param_groups[0]["lr"]) * shares
+            factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
+        torch._foreach_mul_(parameters, producers.split(torch.where(self.mask, 1.0, factor)))
 
     def _advance(self) -> None:
         """Count the step; commit when its time has come."""
         self.step_count += 1
-        if self.controller is not None and self.step_count == max(1, self.schedule.commit):
-            with torch.no_grad():
-                logits = self.controller()
-            self.mask = solve(
-                logits, self.plan.layer_of_gate, self.plan.cost, self.target_flops, self.least, self.round_to
-            )
+        if self.search is not None and self.step_count == max(1, self.schedule.commit):
+            self.mask = self.search.settle(self.round_to)
             self._note_share()
             self._detach()
 
     def _note_share(self) -> None:
-        self.history.append((self.step_count, self.plan.cost(self.mask).item() / self.plan.cost.dense))
+        self.history.append((self.step_count, self.plan.share(self.mask)))
 
     def _detach(self) -> None:
         if self._hooks is not None:
@@ -324,9 +298,7 @@ class ATO(torch.optim.Optimizer):
                 f"{self.total_steps}, masked channels are zero from step {self.schedule.zero} on; train on, or "
                 "give a smaller total_steps to ATO if the run is shorter"
             )
-        cut = self.cut or derive_cut(
-            self.model, self.plan.groups, self.mask, self.example_inputs, self.forward_fn
-        )
+        cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask, self.example_inputs, self.forward_fn)
         own = model is None or unwrap(model) is self.model
         target = self.model if model is None else unwrap(model)
         if own and inplace:
@@ -351,25 +323,18 @@ class ATO(torch.optim.Optimizer):
 
     # --- what was found and done ---------------------------------------------------------------------------
 
-    @property
-    def least_flops(self) -> float:
-        """The least budget that the model can reach with min_width and round_to."""
-        least = least_mask(self.plan.layer_of_gate, self.least)
-        return self.plan.cost(least).item() / self.plan.cost.dense
-
     def report(self) -> Report:
         """What was found, what is left out and why, widths, MACs and parameters before and after."""
         plan, schedule = self.plan, self.schedule
         kept = torch.zeros(len(self.least), dtype=torch.long, device=plan.device)
         kept.index_add_(0, plan.layer_of_gate, self.mask.long())
-        closed = torch.zeros(len(self.mask), device=plan.device)
         return Report(
             phase=self.phase,
             step=self.step_count,
             total_steps=self.total_steps,
             target_flops=self.target_flops,
             least_flops=self.least_flops,
-            prunable_flops=1 - plan.cost(closed).item() / plan.cost.dense,
+            prunable_flops=1 - plan.share(torch.zeros_like(self.mask)),
             macs_before=round(plan.cost.dense),
             macs_after=round(plan.cost(self.mask).item()),
             parameters_before=plan.count_parameters(torch.ones_like(self.mask)),
@@ -382,11 +347,3 @@ class ATO(torch.optim.Optimizer):
             history=tuple(self.history),
             boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
         )
-
-
-_KEPT = frozenset(
-    (
-        "base model target_flops total_steps projection penalty epsilon gamma round_to seed schedule example_inputs "
-        "forward_fn plan least mask controller controller_optimizer step_count last_turn history cut"
-    ).split()
-)

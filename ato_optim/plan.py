@@ -37,6 +37,10 @@ class Plan:
     def device(self) -> torch.device:
         return self.layer_of_gate.device
 
+    def share(self, mask: Tensor) -> float:
+        """Share of the dense MACs with the gates that are True in `mask` (gates,) open."""
+        return self.cost(mask).item() / self.cost.dense
+
     def count_parameters(self, mask: Tensor) -> int:
         """Entries of all parameters when the gates (gates,) that are False in `mask` are removed."""
         sizes = {name: list(shape) for name, shape in self.shapes.items()}
@@ -71,9 +75,7 @@ def make_plan(
         frozen = [there for here, there in parameters.items() if here not in trained]
         excluded: dict[str, str] = {}
         while True:
-            groups = discover(
-                copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen, excluded
-            )
+            groups = discover(copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen, excluded)
             cost = build_cost(copied, groups, counts)
             failed = objections(model, groups, cost, example_inputs, forward_fn)
             if not failed:

@@ -18,8 +18,8 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def _randomised(model: nn.Module) -> nn.Module:
-    """A copy in eval mode without the zeros of a fresh network (biases, running means), which hide what is not exact."""
+def randomised(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without the zeros of a fresh network (biases, means), which would hide what is not exact."""
     copied = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
 
@@ -67,7 +67,7 @@ def _objection(
 ) -> str | None:
     """What goes wrong when a third of the gates of the `chosen` is removed; None if nothing does."""
     mask = _third(groups, chosen)
-    masked, pruned = _randomised(model), _randomised(model)
+    masked, pruned = randomised(model), randomised(model)
     zero_producers(masked, groups, mask.to(next(model.parameters()).device))
     try:
         remove(pruned, groups, mask, inputs, forward_fn)

@@ -57,14 +57,13 @@ class Report:
 
     def __str__(self) -> str:
         gates = sum(width.before for width in self.widths)
-        kept = self.macs_after / self.macs_before
+        macs, parameters = self.macs_after / self.macs_before, self.parameters_after / self.parameters_before
         rows = [
             f"step {self.step} of {self.total_steps}, phase {self.phase}",
             f"{len(self.widths)} prunable groups of layers with {gates:,} channels; "
             f"{self.prunable_flops:.1%} of the MACs can be pruned, the least budget is {self.least_flops:.3f}",
-            f"MACs       {self.macs_before:>15,} -> {self.macs_after:>15,}  {kept:6.1%} (budget {self.target_flops:.1%})",
-            f"parameters {self.parameters_before:>15,} -> {self.parameters_after:>15,}  "
-            f"{self.parameters_after / self.parameters_before:6.1%}",
+            f"MACs       {self.macs_before:>15,} -> {self.macs_after:>15,} {macs:7.1%} of {self.target_flops:.1%}",
+            f"parameters {self.parameters_before:>15,} -> {self.parameters_after:>15,} {parameters:7.1%}",
             "",
             "width before  after  layers",
         ]
@@ -93,7 +92,9 @@ class Report:
         widths.set_title("Width per group of layers", loc="left", fontsize=10)
         widths.legend(frameon=False, fontsize=8)
 
-        steps, shares = zip(*((0, 1.0), *self.history, (self.step, self.history[-1][1] if self.history else 1.0)), strict=True)
+        steps, shares = zip(
+            *((0, 1.0), *self.history, (self.step, self.history[-1][1] if self.history else 1.0)), strict=True
+        )
         budget.step(steps, [100 * share for share in shares], where="post", color="#2166ac", label="MACs of the mask")
         budget.axhline(100 * self.target_flops, color="#b2182b", linewidth=1, linestyle="--", label="budget")
         for name, step in zip(("search", "pull", "commit", "zero"), self.boundaries, strict=True):

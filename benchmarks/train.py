@@ -183,9 +183,7 @@ class Run:
         train, self.test, classes = data.load(args.data, args.data_dir, args.size)
         train, self.test = train.to(self.device), self.test.to(self.device)
         image = tuple(train.images.shape[1:])
-        self.batches = data.Batches(
-            train, args.batch, args.seed, pad=max(1, image[1] // 8), flip=args.data != "digits"
-        )
+        self.batches = data.Batches(train, args.batch, args.seed, pad=max(1, image[1] // 8), flip=args.data != "digits")
         self.total = args.epochs * self.batches.per_epoch
         self.example = self.batches.normalise(train.images[:2])
 
@@ -222,7 +220,8 @@ class Run:
         loss.backward()
         self.optimizer.step()
         self.step += 1
-        if self.args.method == "ato" and self.step == self.total or self.args.early and self.optimizer.removable:
+        at_the_end = self.step == self.total
+        if self.args.method == "ato" and (at_the_end or self.args.early) and self.optimizer.removable:
             self.remove()
         return loss.item()
 
@@ -250,7 +249,12 @@ class Run:
         return self.args.out / f"{self.args.name}.ckpt"
 
     def save(self) -> None:
-        state = {"step": self.step, "seconds": self.seconds, "at_cut": self.at_cut, "optimizer": self.optimizer.state_dict()}
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "at_cut": self.at_cut,
+            "optimizer": self.optimizer.state_dict(),
+        }
         # A network that torch-pruning cut is kept as an object; ATO's checkpoint knows how to cut it again.
         state["model"] = self.model.state_dict() if self.args.method == "ato" else self.model
         temporary = self.checkpoint.with_suffix(".tmp")
@@ -295,7 +299,9 @@ def show(result: dict[str, Any]) -> str:
     rows = [("", "trained", "compressed")]
     if at_cut:
         ms = at_cut["latency_ms"]
-        rows.append(("test accuracy at the cut, %", f"{at_cut['accuracy_before']:.2f}", f"{at_cut['accuracy_after']:.2f}"))
+        rows.append(
+            ("test accuracy at the cut, %", f"{at_cut['accuracy_before']:.2f}", f"{at_cut['accuracy_after']:.2f}")
+        )
         rows.append(("latency of 64 images, ms", f"{ms['before']:.2f}", f"{ms['after']:.2f}"))
     rows.append(("MACs", f"{result['dense_macs']:,}", f"{result['macs']:,} ({result['macs_kept']:.1%})"))
     rows.append(("parameters", f"{result['dense_parameters']:,}", f"{result['parameters']:,}"))

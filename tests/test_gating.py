@@ -96,7 +96,8 @@ def at_a_turn(network=Residual, **options):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     with torch.no_grad():
-        optimizer.controller.head.sub_(0.02 * torch.arange(len(optimizer.controller.head))[:, None] % 0.2)
+        head = optimizer.search.controller.head
+        head.sub_(0.02 * torch.arange(len(head))[:, None] % 0.2)
     assert optimizer._turn_due
     return model, optimizer
 
@@ -112,7 +113,7 @@ def same(one, other):
 def test_a_turn_moves_the_controller_and_nothing_else():
     model, optimizer = at_a_turn()
     before, momenta = snapshot(model), copy.deepcopy(optimizer.base.state_dict()["state"])
-    controller = snapshot(optimizer.controller)
+    controller = snapshot(optimizer.search.controller)
     x, y = next(iter(batches(1)))
     with torch.no_grad():
         plain = model.train()(x)
@@ -125,7 +126,7 @@ def test_a_turn_moves_the_controller_and_nothing_else():
     assert same(before, model.state_dict())
     for index, state in optimizer.base.state_dict()["state"].items():
         assert torch.equal(state["momentum_buffer"], momenta[index]["momentum_buffer"])
-    assert not same(controller, optimizer.controller.state_dict())
+    assert not same(controller, optimizer.search.controller.state_dict())
 
 
 def test_masked_weights_are_seen_by_the_training_forward_alone():

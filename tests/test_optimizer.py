@@ -94,7 +94,7 @@ def test_masked_groups_are_pulled_gently_while_searching():
     model, optimizer = make(total_steps=200)
     train(model, optimizer, optimizer.schedule.pull + 1)
     optimizer.mask[:4] = False
-    optimizer.controller = None  # nobody changes the mask now
+    optimizer.search = None  # nobody changes the mask now
     before = masked_entries(model, optimizer)[0].norm()
     train(model, optimizer, optimizer.schedule.commit - optimizer.schedule.pull - 1)
     after = masked_entries(model, optimizer)[0]
@@ -212,9 +212,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, early):
     state = torch.load(file, weights_only=True)
     torch.manual_seed(123)
     resumed_model = Residual()
-    resumed = ATO(
-        BASES["sgd"](resumed_model.parameters()), resumed_model, example(), target_flops=0.5, total_steps=60
-    )
+    resumed = ATO(BASES["sgd"](resumed_model.parameters()), resumed_model, example(), target_flops=0.5, total_steps=60)
     resumed.load_state_dict(state["optimizer"])
     resumed_model.load_state_dict(state["model"])
     go_on(resumed_model, resumed, stop, 60)
@@ -292,4 +290,4 @@ def test_loss_scaling_and_its_skipped_steps():
         results.append(optimizer)
     one, other = results
     assert one.step_count == other.step_count
-    torch.testing.assert_close(one.controller.head, other.controller.head, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(one.search.controller.head, other.search.controller.head, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,71 @@
+"""The search for a mask: the controller, its own optimizer, and what it proposes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .budget import keep_minimum, solve
+from .controller import Controller, binarise, controller_loss, gumbel_noise
+from .plan import Plan
+
+
+class Search:
+    """A controller that learns, turn by turn, which gates of `plan` to open.
+
+    Args:
+        least: fewest open gates (layers,) int64 of every layer group.
+        target: share of the dense MACs that may be kept.
+        gamma: weight of the budget in the controller's loss.
+        lr, weight_decay: of its AdamW.
+        seed: of its weights and noise.
+    """
+
+    def __init__(
+        self, plan: Plan, least: Tensor, target: float, gamma: float, lr: float, weight_decay: float, seed: int
+    ):
+        self.plan, self.least, self.target, self.gamma, self.seed = plan, least, target, gamma, seed
+        self.controller = Controller(plan.layer_of_gate.cpu(), seed).to(plan.device)
+        self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def gates(self, step: int) -> Tensor:
+        """Gates (gates,) in {0., 1.} of the turn at `step`, differentiable in the controller's weights."""
+        logits = self.controller()
+        noise = gumbel_noise(len(logits), self.seed, step).to(logits)
+        gates = binarise(logits, noise)
+        kept = keep_minimum(gates > 0.5, logits + noise, self.plan.layer_of_gate, self.least)
+        return gates + (kept.to(gates.dtype) - gates).detach()
+
+    def learn(self, step: int, gate_gradient: Tensor) -> None:
+        """One update of the controller from dL/dw (gates,) of the network masked by `gates(step)`."""
+        with torch.enable_grad():
+            gates = self.gates(step)
+            share = self.plan.cost(gates) / self.plan.cost.dense
+            loss = controller_loss(gates, gate_gradient, share, self.target, self.gamma)
+            self.optimizer.zero_grad()
+            loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def proposal(self) -> Tensor:
+        """The mask (gates,) bool that the controller proposes, without noise: near the budget, not within it."""
+        logits = self.controller()
+        return keep_minimum(logits >= 0, logits, self.plan.layer_of_gate, self.least)
+
+    @torch.no_grad()
+    def settle(self, round_to: int) -> Tensor:
+        """The mask (gates,) bool within the budget that opens the controller's best gates."""
+        logits = self.controller()
+        return solve(logits, self.plan.layer_of_gate, self.plan.cost, self.target, self.least, round_to)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the controller's weights and of its optimizer's state."""
+        return copy.deepcopy({"controller": self.controller.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.controller.load_state_dict(state["controller"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,65 @@
+"""The mask that is committed: within the budget, as close as one channel allows, whatever the scores are."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import Concat, Flatten, Residual, example
+
+from ato_optim.budget import least_mask, minimum_widths, ranks, solve
+from ato_optim.groups import call
+from ato_optim.plan import make_plan
+
+PLANS = {
+    network: make_plan(model := network(), example(), call, [], set(model.parameters()))
+    for network in (Residual, Concat, Flatten)
+}
+
+
+def widths(plan, mask):
+    return torch.stack([mask[layer.gates].sum() for layer in plan.groups.layers])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(list(PLANS)),
+    st.integers(0, 10_000),
+    st.floats(0.05, 1),
+    st.sampled_from([0.0, 0.1, 0.5]),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_solution(network, seed, target, min_width, round_to):
+    plan = PLANS[network]
+    least = minimum_widths(plan.sizes, min_width, round_to)
+    smallest = plan.share(least_mask(plan.layer_of_gate, least))
+    if target < smallest:
+        return
+    scores = torch.randn(plan.groups.num_gates, generator=torch.Generator().manual_seed(seed))
+    scores = (4 * scores).round() / 4  # ties
+    mask = solve(scores, plan.layer_of_gate, plan.cost, target, least, round_to)
+    kept = widths(plan, mask)
+    assert plan.share(mask) <= target
+    assert (kept >= least).all()
+    assert ((kept % round_to == 0) | (kept == plan.sizes)).all()
+    for k, layer in enumerate(plan.groups.layers):
+        inside = mask[layer.gates]
+        if not inside.all():
+            # the best channels of a layer are the kept ones
+            assert scores[layer.gates][inside].min() >= scores[layer.gates][~inside].max()
+            # and no lot more would fit
+            wider = mask.clone()
+            order = ranks(scores, plan.layer_of_gate)[layer.gates]
+            wider[layer.gates] = order < min(int(kept[k]) + round_to, layer.size)
+            assert plan.share(wider) > target
+
+
+@pytest.mark.parametrize("target", [0.3, 0.45, 0.7])
+def test_a_network_of_usual_size_is_met_within_one_percent(target):
+    import torchvision
+
+    model = torchvision.models.resnet18(weights=None)
+    plan = make_plan(model, torch.randn(1, 3, 32, 32), call, [], set(model.parameters()))
+    for round_to in (1, 8):
+        least = minimum_widths(plan.sizes, 0.1, round_to)
+        mask = solve(torch.randn(plan.groups.num_gates), plan.layer_of_gate, plan.cost, target, least, round_to)
+        assert target - 0.01 <= plan.share(mask) <= target

@@ -1,0 +1,86 @@
+"""A pruned network as a file: read without code, by a fresh process, refused by what it does not fit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from networks import Depthwise, Residual, batches, example
+from test_optimizer import make, train
+
+from ato_optim import ATO, load_pruned, save_pruned
+
+FRESH = """
+import sys, torch, torchvision
+from ato_optim import load_pruned
+torch.set_num_threads(1)  # as in this process: the order of sums depends on it
+model = load_pruned(torchvision.models.get_model(sys.argv[1], weights=None), sys.argv[2]).eval()
+x = torch.load(sys.argv[3], weights_only=True)
+with torch.no_grad():
+    torch.save(model(x), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "resnet18"])
+def test_a_fresh_dense_model_in_a_new_process_becomes_the_pruned_one_bit_for_bit(name, tmp_path):
+    model = torchvision.models.get_model(name, weights=None)
+    x = torch.randn(2, 3, 64, 64)
+    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.01), model, x, target_flops=0.5, total_steps=3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    small = optimizer.compress().eval()
+    save_pruned(small, tmp_path / "small.pt")
+    with torch.no_grad():
+        expected = small(x)
+    torch.save(x, tmp_path / "x.pt")
+    call = [sys.executable, "-c", FRESH, name, str(tmp_path / "small.pt"), str(tmp_path / "x.pt")]
+    subprocess.run(call, check=True)
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), expected)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 60)
+    save_pruned(optimizer.compress(), tmp_path / "small.pt")
+    return model, tmp_path / "small.pt"
+
+
+def test_a_loaded_network_trains_and_is_saved_again(saved, tmp_path):
+    model, path = saved
+    loaded = load_pruned(Residual(), path)
+    assert loaded.training
+    x, y = next(iter(batches(1)))
+    torch.nn.functional.cross_entropy(loaded(x), y).backward()
+    save_pruned(loaded, tmp_path / "again.pt")
+    again = load_pruned(Residual(), tmp_path / "again.pt")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(example()), loaded.eval()(example()))
+
+
+def wider():
+    model = Residual()
+    model.one[0] = torch.nn.Conv2d(8, 14, 3, 1, 1, bias=False)
+    return model
+
+
+@pytest.mark.parametrize(("network", "named"), [(wider, "'one.0'"), (Depthwise, "'' is Depthwise")])
+def test_another_architecture_is_refused_with_the_first_module_that_differs(saved, network, named):
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=named):
+        load_pruned(model, saved[1])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_other_files_and_models_are_refused(saved, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no pruned network"):
+        load_pruned(Residual(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds no cut"):
+        save_pruned(Residual(), tmp_path / "dense.pt")
+    with pytest.raises(ValueError, match="dense model"):
+        load_pruned(saved[0], saved[1])  # pruned already
