@@ -108,7 +108,7 @@ class Report:
         budget.set_xlabel("step")
         budget.set_ylabel("% of dense MACs")
         budget.set_title("Budget over time", loc="left", fontsize=10)
-        budget.legend(frameon=False, fontsize=8, loc="lower left")
+        budget.legend(frameon=False, fontsize=8, loc="upper right")
         for axes in (widths, budget):
             axes.spines[["top", "right"]].set_visible(False)
         return figure

@@ -177,7 +177,7 @@ class Run:
     """One training run: what it holds, one step of it, its checkpoint."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
+        self.args, self.commit = args, commit()
         self.device = torch.device(args.device)
         self.amp = amp_dtype(self.device)
         train, self.test, classes = data.load(args.data, args.data_dir, args.size)
@@ -279,7 +279,7 @@ class Run:
             "arguments": {k: v for k, v in vars(self.args).items() if k in RECORDED},
             "recipe": {"optimizer": "SGD", **RECIPE, "schedule": "linear warm-up, cosine to zero"},
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "torch_pruning": tp.__version__, "commit": commit()},
+                         "torchvision": torchvision.__version__, "torch_pruning": tp.__version__, "commit": self.commit},
             "hardware": hardware(self.device),
             "precision": str(self.amp or torch.float32),
             "accuracy": accuracy,
@@ -290,6 +290,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dense_parameters": self.dense_parameters,
             "seconds": round(self.seconds, 1),
+            "report": self.optimizer.report().as_dict() if self.args.method == "ato" else None,
         }  # fmt: skip
 
 
@@ -341,6 +342,10 @@ def main(argv: list[str] | None = None) -> None:
     run.checkpoint.unlink(missing_ok=True)
     print(show(result))
     print(f"written: {path}")
+    if args.method == "ato":
+        figure = path.with_suffix(".png")
+        run.optimizer.report().figure().savefig(figure, dpi=150)
+        print(f"written: {figure}  (widths per layer, budget over time)")
 
 
 if __name__ == "__main__":

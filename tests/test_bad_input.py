@@ -1,6 +1,7 @@
 """Every mistake is met before training, by an error that names the argument, its value and the way out."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def build(model=None, base=None, inputs=None, **options):
     ],
 )
 def test_arguments(options, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         build(**options)
     assert all(word in str(error.value) for word in words), str(error.value)
 
