@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ato_optim", "ato_optim.*"]),
     package_data={"ato_optim": ["py.typed"]},
-    install_requires=["torch>=2.11", "torchvision", "torch-pruning>=1.6.1", "numpy"],
+    install_requires=["torch", "torchvision", "torch-pruning>=1.6.1", "numpy"],
     extras_require={
         "bench": BENCH,
         "test": [*BENCH, "hypothesis", "mypy", "pytest", "ruff"],

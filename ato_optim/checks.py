@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -25,37 +26,40 @@ def base_and_model(base: Any, model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is trained")
 
 
-def numbers(
-    target_flops: float,
-    total_steps: int,
-    min_width: float,
-    round_to: int,
-    interval: int | None,
-    phases: Sequence[float],
-    projection: str,
-) -> None:
-    """The numbers of ATO's signature and the projection's name."""
-    if not 0 < target_flops <= 1:
-        raise ValueError(
-            f"target_flops={target_flops} is not in (0, 1]: it is the share of the dense MACs that is kept, 0.45 say"
-        )
-    if total_steps != int(total_steps) or total_steps < 1:
-        raise ValueError(f"total_steps={total_steps}: pass how often step() will be called, epochs * len(loader)")
-    if not 0 <= min_width <= 1:
-        raise ValueError(
-            f"min_width={min_width} is not in [0, 1]: it is the share of its channels a layer keeps at least"
-        )
-    if round_to != int(round_to) or round_to < 1:
-        raise ValueError(f"round_to={round_to}: pass the whole number that widths shall be multiples of, 8 say")
-    if interval is not None and interval < 1:
-        raise ValueError(f"interval={interval}: pass the number of steps between controller turns, 1 or more, or None")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "target_flops": (lambda v: 0 < v <= 1, "in (0, 1]: it is the share of the dense MACs that is kept, 0.45 say"),
+    "total_steps": (lambda v: v >= 1 and v == int(v), "a whole number from 1: pass epochs * len(loader)"),
+    "min_width": (lambda v: 0 <= v <= 1, "in [0, 1]: it is the share of its channels that a layer keeps at least"),
+    "round_to": (lambda v: v >= 1 and v == int(v), "a whole number from 1: widths are multiples of it, 8 say"),
+    "pull_time": (lambda v: v > 0, "above 0: it is a share of the run, 0.1 say"),
+    "epsilon": (lambda v: 0 <= v < 1, "in [0, 1): 0.1 say"),
+    "gamma": (lambda v: v > 0, "above 0: it is the weight of the budget in the controller's loss, 8 say"),
+}
+
+
+def numbers(**values: Any) -> None:
+    """Arguments of ATO by name, each a number within its range."""
+    for name, value in values.items():
+        fits, meaning = _RANGES[name]
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not a number {meaning}")
+        if not fits(float(value)):
+            raise ValueError(f"{name}={value} is not {meaning}")
+
+
+def course(phases: Sequence[float], interval: int | None, projection: str, penalty: Sequence[float]) -> None:
+    """The arguments that say what happens when in a run."""
     if len(phases) != 4 or not 0 <= phases[0] <= phases[1] <= phases[2] <= phases[3] <= 1:
         raise ValueError(
             f"phases={tuple(phases)}: pass four rising shares of the run at which search, pull, commit and the exact "
             "zeros begin, (0.1, 0.2, 0.5, 0.6) say"
         )
+    if interval is not None and (interval < 1 or interval != int(interval)):
+        raise ValueError(f"interval={interval}: pass a whole number of steps between controller turns, or None")
     if projection not in get_args(Projection):
         raise ValueError(f"projection={projection!r}: pass one of {', '.join(map(repr, get_args(Projection)))}")
+    if len(penalty) != 2 or not 0 < penalty[0] <= penalty[1]:
+        raise ValueError(f"penalty={tuple(penalty)}: pass lambda while searching and the larger one it grows to")
 
 
 def parameters(base: torch.optim.Optimizer, model: nn.Module) -> None:

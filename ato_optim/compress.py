@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import ForwardFn, Groups, remove_from, trace
+from .groups import ForwardFn, Groups, remove, trace
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -76,7 +76,7 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor, example_inputs: A
     graph, _ = trace(template, example_inputs, forward_fn)
     for tensor in tensors(template).values():
         tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-    remove_from(graph, groups, mask.cpu())
+    remove(graph, groups, mask.cpu())
     left = tensors(template)
     kept = {name: _kept_positions(left[name].detach(), shape) for name, shape in shapes.items()}
     attributes = {
@@ -123,9 +123,15 @@ def select(tensor: Tensor, kept: dict[int, list[int]], dense: list[int] | None =
 def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Cut `model` in place; gradients are cut along. Returns the new parameter of each one that was replaced.
 
-    Raises ValueError if the model is another architecture.
+    Raises ValueError, before anything is changed, if the model is another architecture or two layers share a
+    parameter that the cut leaves different parts of.
     """
     check_cut(cut, model)
+    kept: dict[int, dict[int, list[int]]] = {}
+    for name, tensor in tensors(model).items():
+        dims = cut.kept.get(name, {})
+        if kept.setdefault(id(tensor), dims) != dims:
+            raise ValueError(f"{name} is shared by layers that are cut differently: name them in ignored_layers")
     done: dict[int, Tensor] = {}
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for name, dims in cut.kept.items():

@@ -280,18 +280,12 @@ def discover(
     return builder.build()
 
 
-def remove(model: nn.Module, groups: Groups, mask: Tensor, example_inputs: Any, forward_fn: ForwardFn = call) -> None:
-    """Remove the channels whose entry of `mask` (gates,) bool is False from `model`, through torch-pruning.
+def remove(graph: tp.DependencyGraph, groups: Groups, mask: Tensor) -> None:
+    """Remove the channels that `mask` (gates,) bool closes from the model of `graph`, through torch-pruning.
 
     A group that was fetched before another is pruned would be silently wrong after it, so each is fetched
     when its turn comes; positions in its own root layer are still the original ones then.
     """
-    graph, _ = trace(model, example_inputs, forward_fn)
-    remove_from(graph, groups, mask)
-
-
-def remove_from(graph: tp.DependencyGraph, groups: Groups, mask: Tensor) -> None:
-    """`remove` on a graph that is there already."""
     for layer in groups.layers:
         root = graph.model.get_submodule(layer.root)
         gone = (~mask[layer.gates]).nonzero().flatten().tolist()

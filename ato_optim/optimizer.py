@@ -87,7 +87,16 @@ class ATO(torch.optim.Optimizer):
     ):
         checks.base_and_model(base_optimizer, model)
         root = unwrap(model)
-        checks.numbers(target_flops, total_steps, min_width, round_to, interval, phases, projection)
+        checks.numbers(
+            target_flops=target_flops,
+            total_steps=total_steps,
+            min_width=min_width,
+            round_to=round_to,
+            pull_time=pull_time,
+            epsilon=epsilon,
+            gamma=gamma,
+        )
+        checks.course(phases, interval, projection, penalty)
         checks.parameters(base_optimizer, root)
         if hooks_of(root) is not None:
             raise ValueError("model already has an ATO: use that one, or compress() it first")
@@ -326,6 +335,7 @@ class ATO(torch.optim.Optimizer):
     def report(self) -> Report:
         """What was found, what is left out and why, widths, MACs and parameters before and after."""
         plan, schedule = self.plan, self.schedule
+        left = [p.numel() for p in self.model.parameters()]
         kept = torch.zeros(len(self.least), dtype=torch.long, device=plan.device)
         kept.index_add_(0, plan.layer_of_gate, self.mask.long())
         return Report(
@@ -338,7 +348,7 @@ class ATO(torch.optim.Optimizer):
             macs_before=round(plan.cost.dense),
             macs_after=round(plan.cost(self.mask).item()),
             parameters_before=plan.count_parameters(torch.ones_like(self.mask)),
-            parameters_after=plan.count_parameters(self.mask),
+            parameters_after=plan.count_parameters(self.mask) if self.cut is None else sum(left),
             widths=tuple(
                 Width(layer.layers, layer.size, after)
                 for layer, after in zip(plan.groups.layers, kept.tolist(), strict=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .compress import apply_cut, derive_cut
 from .cost import CostModel, count_macs
-from .groups import ForwardFn, Groups, LayerGroup, remove
+from .groups import ForwardFn, Groups, LayerGroup
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output."""
@@ -70,7 +71,7 @@ def _objection(
     masked, pruned = randomised(model), randomised(model)
     zero_producers(masked, groups, mask.to(next(model.parameters()).device))
     try:
-        remove(pruned, groups, mask, inputs, forward_fn)
+        apply_cut(derive_cut(model, groups, mask, inputs, forward_fn), pruned)
         with torch.no_grad():
             apart = difference(forward_fn(masked, inputs), forward_fn(pruned, inputs))
     except Exception as error:  # whatever torch-pruning or the cut model raises is a reason to leave the group alone

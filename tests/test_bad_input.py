@@ -32,6 +32,10 @@ def build(model=None, base=None, inputs=None, **options):
         ({"round_to": 0}, ["round_to=0"]),
         ({"interval": 0}, ["interval=0"]),
         ({"phases": (0.5, 0.1, 0.2, 0.6)}, ["phases="]),
+        ({"pull_time": 0}, ["pull_time=0"]),
+        ({"epsilon": 1}, ["epsilon=1"]),
+        ({"gamma": -1}, ["gamma=-1"]),
+        ({"penalty": (1000, 10)}, ["penalty=(1000, 10)"]),
         ({"projection": "hard"}, ["projection='hard'", "timed"]),
         ({"ignored_layers": ["stem.9"]}, ["ignored_layers", "stem.9"]),
     ],
@@ -55,6 +59,9 @@ def test_a_base_optimizer_of_other_parameters():
 
 
 def test_types():
+    for name in ("target_flops", "total_steps", "round_to"):
+        with pytest.raises(TypeError, match=f"{name}='1'"):
+            build(**{name: "1"})
     with pytest.raises(TypeError, match="base_optimizer is a dict"):
         build(base={})
     with pytest.raises(TypeError, match="model is a str"):

@@ -94,6 +94,41 @@ def test_what_is_not_exact_is_left_alone_with_a_reason():
     assert "output of the model" in reasons[("c",)]
 
 
+class Tied(torch.nn.Module):
+    """Two layers with one weight, both read by one layer, or each by its own."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(3, 8, 1)
+        self.b.weight = self.a.weight
+        self.d = torch.nn.Conv2d(8, 4, 1)
+        self.e = torch.nn.Conv2d(8, 4, 1) if apart else None
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        return self.d(torch.relu(a + b)) if self.e is None else self.d(a.relu()) + self.e(b.relu())
+
+
+def test_shared_parameters_are_cut_alike_and_stay_shared():
+    model = randomised(Tied(apart=False))
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    mask = random_mask(plan.groups, 0)
+    small = copy.deepcopy(model)
+    apply_cut(derive_cut(model, plan.groups, mask, example(), call), small)
+    zero_producers(model, plan.groups, mask)
+    with torch.no_grad():
+        assert difference(model(example()), small(example())) < 1e-5
+    assert small.a.weight is small.b.weight
+    assert len(small.a.weight) == mask.sum() < 8
+
+
+def test_shared_parameters_that_would_be_cut_differently_are_left_alone():
+    model = Tied(apart=True)
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert not plan.groups.layers
+    assert any("shared" in entry.reason for entry in plan.groups.left_out)
+
+
 def test_planning_touches_neither_model_nor_random_state():
     model = NETWORKS[0]().train()
     before = copy.deepcopy(model.state_dict())
