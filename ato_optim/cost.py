@@ -102,22 +102,28 @@ def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], t
 
 def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> CostModel:
     """The cost model of `model` under `groups`, from its own `counts` (see count_macs)."""
+    # One entry a weight: layers that share a weight share its widths, and their MACs add up.
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    index: dict[str, int] = {}
     units: list[float] = []
     totals: tuple[list[int], list[int]] = ([], [])
     slots: tuple[dict[tuple[str, int], int], dict[tuple[str, int], int]] = ({}, {})
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     rest = counts[""]
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not counts.get(name):
             continue
-        out_dim = int(getattr(module, "transposed", False))
-        # A depthwise convolution has one input channel a group, whatever is removed.
+        # A depthwise convolution has one input channel a group, whatever is removed, and its rows first.
         grouped = getattr(module, "groups", 1) > 1
+        out_dim = int(getattr(module, "transposed", False) and not grouped)
         sizes = 1 if grouped else module.weight.shape[1 - out_dim], module.weight.shape[out_dim]
-        for side, dim in enumerate((1 - out_dim, out_dim)):
-            totals[side].append(sizes[side])
-            slots[side][names[module.weight], dim] = len(units)
-        units.append(counts[name] / (sizes[0] * sizes[1]))
+        weight = names[module.weight]
+        if weight not in index:
+            index[weight] = len(units)
+            units.append(0.0)
+            for side, dim in enumerate((1 - out_dim, out_dim)):
+                totals[side].append(sizes[side])
+                slots[side][weight, dim] = index[weight]
+        units[index[weight]] += counts[name] / (sizes[0] * sizes[1])
         rest -= counts[name]
     return CostModel(
         float(rest),
