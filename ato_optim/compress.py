@@ -153,10 +153,23 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     return replaced
 
 
+def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
+    """Raise ValueError if `optimizer` holds state that cannot be cut: vectors over all parameters, as LBFGS has."""
+    for parameter, state in optimizer.state.items():
+        dims = len(cut.dense[names[parameter]]) if parameter in names else 0
+        for key, value in state.items():
+            if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim not in (0, dims)):
+                raise ValueError(
+                    f"the state '{key}' of base_optimizer ({type(optimizer).__name__}) does not belong to one "
+                    "parameter each and cannot follow the cut: use compress(inplace=False), and a new optimizer "
+                    "to train on"
+                )
+
+
 def carry_state(
     optimizer: torch.optim.Optimizer,
     cut: Cut,
-    names: dict[nn.Parameter, str],
+    names: dict[Tensor, str],
     replaced: dict[nn.Parameter, nn.Parameter],
 ) -> None:
     """Put the new parameters into `optimizer` and index its state over, in place.
@@ -166,13 +179,12 @@ def carry_state(
         replaced: old parameter -> new parameter, from apply_cut.
     """
     for group in optimizer.param_groups:
-        group["params"] = [replaced.get(p, p) for p in group["params"]]
+        group["params"][:] = [replaced.get(p, p) for p in group["params"]]
     for old, new in replaced.items():
         state = optimizer.state.pop(old, None)
         if state is not None:
-            name = names[old]
-            kept, dense = cut.kept[name], cut.dense[name]
+            kept, dense = cut.kept[names[old]], cut.dense[names[old]]
             optimizer.state[new] = {
-                key: select(value, kept, dense) if isinstance(value, Tensor) and value.ndim == len(dense) else value
+                key: select(value, kept, dense) if isinstance(value, Tensor) and value.ndim else value
                 for key, value in state.items()
             }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import checks
 from .budget import least_mask, minimum_widths
 from .checkpoint import CUT
-from .compress import Cut, apply_cut, carry_state, derive_cut
+from .compress import Cut, apply_cut, carry_state, check_state, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, hooks_of
 from .groups import ForwardFn, call
 from .plan import Plan, make_plan
@@ -323,7 +323,8 @@ class ATO(torch.optim.Optimizer):
 
     def _apply(self, cut: Cut) -> None:
         """Cut the trained model and carry the base optimizer's state over."""
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        check_state(self.base, names, cut)
         replaced = apply_cut(cut, self.model)
         carry_state(self.base, cut, names, replaced)
         setattr(self.model, CUT, cut)

@@ -58,7 +58,7 @@ def make_plan(
     Groups with parameters outside of `trained` are left alone, and so are those that fail the trial.
 
     Raises:
-        ValueError: if the model refuses the example inputs.
+        ValueError: if the model refuses the example inputs, or torch-pruning the model.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng():
