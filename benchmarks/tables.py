@@ -1,8 +1,8 @@
-"""Turn the JSON files of benchmarks/results/ into the tables and figures of docs/results.md.
+"""Turn the JSON files of benchmarks/results/ into the tables and figures of docs/results.md and README.md.
 
     python benchmarks/tables.py
 
-What stands in docs/results.md between <!-- NAME --> and <!-- end --> is written anew; the rest is prose.
+What stands in a page between <!-- NAME --> and <!-- end --> is written anew; the rest is prose.
 """
 
 import json
@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from ato_optim import Report, Width
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "docs" / "figures"
 METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "ato": "#2166ac"}
 
@@ -137,6 +136,16 @@ def draw_report(run: dict[str, Any], path: Path) -> None:
     Report(**{**fields, "widths": widths}).figure().savefig(path, dpi=150)
 
 
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Write `tables` into their places in `page`."""
+    text = page.read_text()
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert pattern.search(text), f"{page} has no place for: {name}"
+        text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
+    page.write_text(text)
+
+
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     cifar, digits = load("cifar10-resnet20-"), load("digits-")
@@ -149,12 +158,8 @@ def main() -> None:
         "projection commands": commands(digits[:1]),
         "step cost": step_cost(),
     }
-    text = PAGE.read_text()
-    for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert pattern.search(text), f"{PAGE} has no place for: {name}"
-        text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
-    PAGE.write_text(text)
+    fill(ROOT / "docs" / "results.md", tables)
+    fill(ROOT / "README.md", {"comparison": tables["comparison"]})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     draw_report(ato[0], FIGURES / "widths.png")
 
