@@ -8,7 +8,7 @@ Terms are those of docs/method.md; a zero-invariant group is Chen et al.'s (OTO,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch_pruning.dependency import Group, Node
 from torch_pruning.ops import OPTYPE
+
+from .guard import settling
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -252,6 +254,24 @@ def _reason_against(group: Group, outputs: set[Node], ignored: set[nn.Module], f
     return None
 
 
+def _all_groups(graph: tp.DependencyGraph) -> Iterator[tuple[nn.Module, Group | None, str]]:
+    """Each root layer with its full group; None and the reason where torch-pruning finds none."""
+    visited: set[nn.Module] = set()
+    for root in list(graph.module2node):
+        if not isinstance(root, (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)) or root in visited:
+            continue
+        pruner = graph.get_pruner_of_module(root)
+        try:
+            with settling(graph.model):
+                channels = list(range(pruner.get_out_channels(root)))
+                group = graph.get_pruning_group(root, pruner.prune_out_channels, channels)
+        except Exception as error:  # whatever torch-pruning raises on what it does not understand
+            yield root, None, f"cannot be grouped by torch-pruning ({type(error).__name__}: {error})"
+            continue
+        visited.update(item.dep.target.module for item in group.items if _prunes_outputs(group, item.dep))
+        yield root, group, ""
+
+
 def discover(
     model: nn.Module,
     example_inputs: Any,
@@ -268,15 +288,20 @@ def discover(
     graph, outputs = trace(model, example_inputs, forward_fn)
     builder = _Builder(model)
     ignored = {child for layer in ignored_layers for child in layer.modules()}
+    frozen = set(frozen)
+    found = []
+    for root, group, reason in _all_groups(graph):
+        name = builder.module_names[root]
+        layers = (name,) if group is None else written_layers(group, builder)
+        if group is not None:
+            reason = (excluded or {}).get(name) or _reason_against(group, outputs, ignored, frozen) or ""
+        found.append((layers, group, reason))
     order = {name: k for k, name in enumerate(builder.module_names.values())}
-    named = [(written_layers(group, builder), group) for group in graph.get_all_groups()]
-    for layers, group in sorted(named, key=lambda pair: order[pair[0][0]]):
-        name = builder.module_names[group[0].dep.target.module]
-        reason = (excluded or {}).get(name) or _reason_against(group, outputs, ignored, set(frozen))
-        if reason is None:
-            builder.add(group, _roles(group), layers)
-        else:
+    for layers, group, reason in sorted(found, key=lambda entry: order[entry[0][0]]):
+        if group is None or reason:
             builder.left_out.append(LeftOut(layers, reason))
+        else:
+            builder.add(group, _roles(group), layers)
     return builder.build()
 
 
@@ -291,4 +316,6 @@ def remove(graph: tp.DependencyGraph, groups: Groups, mask: Tensor) -> None:
         gone = (~mask[layer.gates]).nonzero().flatten().tolist()
         if gone:
             prune = graph.get_pruner_of_module(root).prune_out_channels
-            graph.get_pruning_group(root, prune, gone).prune()
+            with settling(graph.model):
+                group = graph.get_pruning_group(root, prune, gone)
+            group.prune()

@@ -36,14 +36,30 @@ def randomised(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _third(groups: Groups, chosen: Sequence[LayerGroup]) -> Tensor:
-    """A mask (gates,) bool that closes a random third, one at least and not all, of the gates of the `chosen`."""
-    mask = torch.ones(groups.num_gates, dtype=torch.bool)
+def _halves(groups: Groups, chosen: Sequence[LayerGroup]) -> list[Tensor]:
+    """Two masks (gates,) bool that close a random half of the gates of the `chosen` each, and between them all.
+
+    What a network does may hang on one channel (a slice, say), so that every gate must be closed once.
+    """
+    masks = [torch.ones(groups.num_gates, dtype=torch.bool) for _ in range(2)]
     generator = torch.Generator().manual_seed(1)
     for layer in chosen:
-        closed = torch.randperm(layer.size, generator=generator)[: max(1, layer.size // 3)]
-        mask[layer.start + closed[: layer.size - 1]] = False
-    return mask
+        order = torch.randperm(layer.size, generator=generator)
+        for mask, closed in zip(masks, order.tensor_split(2), strict=True):
+            mask[layer.start + closed[: layer.size - 1]] = False
+    return masks
+
+
+def _random_inputs(example_inputs: Any) -> Any:
+    """The example inputs with their floating-point tensors drawn anew: zeros would hide what is not exact."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    return _pytree.tree_map(draw, example_inputs)
 
 
 @torch.no_grad()
@@ -64,16 +80,16 @@ def difference(outputs: Any, others: Any) -> float:
 
 
 def _objection(
-    model: nn.Module, groups: Groups, chosen: Sequence[LayerGroup], cost: CostModel, inputs: Any, forward_fn: ForwardFn
+    model: nn.Module, groups: Groups, mask: Tensor, cost: CostModel, inputs: Any, forward_fn: ForwardFn
 ) -> str | None:
-    """What goes wrong when a third of the gates of the `chosen` is removed; None if nothing does."""
-    mask = _third(groups, chosen)
+    """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
     masked, pruned = randomised(model), randomised(model)
     zero_producers(masked, groups, mask.to(next(model.parameters()).device))
     try:
         apply_cut(derive_cut(model, groups, mask, inputs, forward_fn), pruned)
         with torch.no_grad():
-            apart = difference(forward_fn(masked, inputs), forward_fn(pruned, inputs))
+            tried = _random_inputs(inputs)
+            apart = difference(forward_fn(masked, tried), forward_fn(pruned, tried))
     except Exception as error:  # whatever torch-pruning or the cut model raises is a reason to leave the group alone
         return f"cannot be cut by torch-pruning ({type(error).__name__}: {error})"
     if not apart <= TOLERANCE:
@@ -91,7 +107,8 @@ def objections(
     stack = [groups.layers] if groups.layers else []
     while stack:
         chosen = stack.pop()
-        reason = _objection(model, groups, chosen, cost, example_inputs, forward_fn)
+        trials = (_objection(model, groups, mask, cost, example_inputs, forward_fn) for mask in _halves(groups, chosen))
+        reason = next((reason for reason in trials if reason is not None), None)
         if reason is None:
             continue
         if len(chosen) == 1:
