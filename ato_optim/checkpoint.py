@@ -9,12 +9,11 @@ from typing import IO, TypeVar
 import torch
 from torch import nn
 
-from .compress import Cut, apply_cut
+from .compress import CUT, Cut, apply_cut
+from .unwrap import unwrap
 
 FORMAT = "ato_optim.pruned"
 VERSION = 1
-CUT = "ato_cut"
-"""Attribute of a pruned network's root module that holds its cut."""
 
 Model = TypeVar("Model", bound=nn.Module)
 File = str | PathLike[str] | IO[bytes]
@@ -26,11 +25,11 @@ def save_pruned(model: nn.Module, path: File) -> None:
     Raises:
         ValueError: if `model` was not compressed by ATO.
     """
+    model = unwrap(model)
     cut = getattr(model, CUT, None)
     if not isinstance(cut, Cut):
         raise ValueError(
-            f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense "
-            "model or a wrapper around it"
+            f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense model"
         )
     torch.save({"format": FORMAT, "version": VERSION, "cut": asdict(cut), "weights": model.state_dict()}, path)
 
@@ -53,8 +52,6 @@ def load_pruned(dense_model: Model, path: File, map_location: torch.device | str
             f"path ({path}) has format version {content['version']}, this ato_optim reads {VERSION}: "
             "install the version that wrote it"
         )
-    cut = Cut(**content["cut"])
-    apply_cut(cut, dense_model)
+    apply_cut(Cut(**content["cut"]), dense_model)
     dense_model.load_state_dict(content["weights"])
-    setattr(dense_model, CUT, cut)
     return dense_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, get_args
@@ -11,10 +13,12 @@ from torch import nn
 
 from .plan import Plan
 from .projection import Projection
+from .schedule import Schedule
+from .unwrap import unwrap
 
 
-def base_and_model(base: Any, model: Any) -> None:
-    """A base optimizer and a module."""
+def base_and_model(base: Any, model: Any) -> nn.Module:
+    """The bare module of `model`, whose parameters, and no others, the base optimizer holds."""
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(
             f"base_optimizer is a {type(base).__name__}: pass a torch.optim optimizer, such as "
@@ -24,6 +28,18 @@ def base_and_model(base: Any, model: Any) -> None:
         raise TypeError("base_optimizer is an ATO already: pass the optimizer that it wraps (its .base)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is trained")
+    root = unwrap(model)
+    _parameters(base, root)
+    return root
+
+
+def unowned(model: nn.Module, owner: Any) -> None:
+    """No ATO that has not compressed yet has the model."""
+    if owner is not None and owner.cut is None:
+        raise ValueError(
+            f"model ({type(model).__name__}) already has an ATO, at step {owner.step_count}: use that one, or "
+            "compress() it first"
+        )
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -33,36 +49,54 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "round_to": (lambda v: v >= 1 and v == int(v), "a whole number from 1: widths are multiples of it, 8 say"),
     "pull_time": (lambda v: v > 0, "above 0: it is a share of the run, 0.1 say"),
     "epsilon": (lambda v: 0 <= v < 1, "in [0, 1): 0.1 say"),
+    "controller_lr": (lambda v: v > 0, "above 0: 3e-3 say"),
+    "controller_weight_decay": (lambda v: v >= 0, "at least 0: 1e-2 say"),
+    "seed": (lambda v: v == int(v), "a whole number"),
+    "interval": (lambda v: v >= 1 and v == int(v), "a whole number of steps from 1, or None"),
     "gamma": (lambda v: v > 0, "above 0: it is the weight of the budget in the controller's loss, 8 say"),
 }
 
 
-def numbers(**values: Any) -> None:
-    """Arguments of ATO by name, each a number within its range."""
-    for name, value in values.items():
+def arguments(
+    phases: Any, projection: Any, penalty: Any, interval: int | None, forward_fn: Any, **numbers: Any
+) -> None:
+    """All arguments of ATO but the model's."""
+    if interval is not None:
+        numbers["interval"] = interval
+    for name, value in numbers.items():
         fits, meaning = _RANGES[name]
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not a number {meaning}")
-        if not fits(float(value)):
+        if not math.isfinite(value) or not fits(float(value)):
             raise ValueError(f"{name}={value} is not {meaning}")
-
-
-def course(phases: Sequence[float], interval: int | None, projection: str, penalty: Sequence[float]) -> None:
-    """The arguments that say what happens when in a run."""
-    if len(phases) != 4 or not 0 <= phases[0] <= phases[1] <= phases[2] <= phases[3] <= 1:
+    if not _reals(phases, 4) or not 0 <= phases[0] <= phases[1] <= phases[2] <= phases[3] <= 1:
         raise ValueError(
-            f"phases={tuple(phases)}: pass four rising shares of the run at which search, pull, commit and the exact "
-            "zeros begin, (0.1, 0.2, 0.5, 0.6) say"
+            f"phases={phases}: pass four rising shares of the run at which search, pull, commit and the exact zeros "
+            "begin, (0.1, 0.2, 0.5, 0.6) say"
         )
-    if interval is not None and (interval < 1 or interval != int(interval)):
-        raise ValueError(f"interval={interval}: pass a whole number of steps between controller turns, or None")
     if projection not in get_args(Projection):
         raise ValueError(f"projection={projection!r}: pass one of {', '.join(map(repr, get_args(Projection)))}")
-    if len(penalty) != 2 or not 0 < penalty[0] <= penalty[1]:
-        raise ValueError(f"penalty={tuple(penalty)}: pass lambda while searching and the larger one it grows to")
+    if not _reals(penalty, 2) or not 0 < penalty[0] <= penalty[1]:
+        raise ValueError(f"penalty={penalty}: pass lambda while searching and the larger one it grows to")
+    if forward_fn is not None and not callable(forward_fn):
+        raise TypeError(f"forward_fn is a {type(forward_fn).__name__}: pass a function of model and example_inputs")
 
 
-def parameters(base: torch.optim.Optimizer, model: nn.Module) -> None:
+def _reals(values: Any, length: int) -> bool:
+    """Whether `values` is a sequence of `length` numbers."""
+    return isinstance(values, Sequence) and len(values) == length and all(isinstance(v, Real) for v in values)
+
+
+def end(zero: int, total_steps: int, phases: Sequence[float]) -> None:
+    """The run is long enough for exact zeros."""
+    if zero > total_steps:
+        raise ValueError(
+            f"phases={tuple(phases)} leave no step between commit and the end of total_steps={total_steps}: commit "
+            "earlier"
+        )
+
+
+def _parameters(base: torch.optim.Optimizer, model: nn.Module) -> None:
     """The base optimizer holds the model's parameters and no others."""
     own = set(model.parameters())
     if not own:
@@ -78,6 +112,8 @@ def parameters(base: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def modules(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
     """The modules of `model` that `layers` gives, by themselves or by name."""
+    if isinstance(layers, (str, nn.Module)):
+        raise TypeError(f"ignored_layers={layers if isinstance(layers, str) else type(layers).__name__}: pass a list")
     named = dict(model.named_modules())
     found = []
     for layer in layers:
@@ -97,32 +133,64 @@ def budget(target_flops: float, plan: Plan, least: float) -> None:
         raise ValueError(f"model has nothing to prune: {reasons or 'it has no convolution or linear layer'}")
     if target_flops < least:
         raise ValueError(
-            f"target_flops={target_flops} cannot be reached: the least budget of this model is {least:.4f} with the "
-            "present min_width, round_to and ignored_layers"
+            f"target_flops={target_flops} cannot be reached: the least budget of this model is "
+            f"{math.ceil(least * 1e4) / 1e4:.4f} with the present min_width, round_to and ignored_layers"
+        )
+
+
+def learned(last_turn: int, schedule: Schedule) -> None:
+    """Warn if the commit comes although the controller has seen nothing."""
+    if last_turn < 0 and schedule.commit - schedule.search > schedule.interval:
+        warnings.warn(
+            "ATO saw no controller turn before the commit, so that the channels are chosen without having learned: "
+            "call the model itself, in training mode, in each step",
+            stacklevel=4,
+        )
+
+
+def zeroed(step: int, schedule: Schedule, zero: bool) -> None:
+    """Masked channels are due to be zero at `step`, and are."""
+    if step < schedule.zero:
+        raise ValueError(
+            f"compress() came {schedule.zero - step} step(s) too early: step {step} of total_steps="
+            f"{schedule.total_steps}, masked channels are zero from step {schedule.zero} on; train on, or give a "
+            "smaller total_steps to ATO if the run is shorter"
+        )
+    if not zero:
+        raise ValueError(
+            "model holds masked channels that are not zero: its weights were loaded or changed since the last step(); "
+            "load those of the same time as the optimizer's, or take one more step"
         )
 
 
 def checkpoint(
-    saved: dict[str, Any] | None, version: int, settings: dict[str, Any], compressed: bool
+    state_dict: dict[str, Any],
+    version: int,
+    settings: dict[str, Any],
+    cut: dict[str, Any] | None,
+    param_groups: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """`saved`, the entry "ato" of a state_dict, if it fits this ATO's settings."""
+    """The entry "ato" of `state_dict`, if it fits an ATO of these settings, cut and groups of parameters."""
+    saved = state_dict.get("ato")
     if saved is None:
         raise ValueError(
             'state_dict has no entry "ato": it was not taken from an ATO; load it into the base optimizer instead'
         )
     if saved["version"] != version:
         raise ValueError(f"state_dict has format version {saved['version']}, this ato_optim reads {version}")
-    for name, value in settings.items():
-        if saved["settings"][name] != value:
-            there = saved["settings"][name]
-            if name == "groups":
-                difference = next(
-                    (p for p in zip(there, value, strict=False) if p[0] != p[1]), (len(there), len(value))
-                )
-                raise ValueError(f"state_dict belongs to another model: prunable groups differ at {difference}")
-            raise ValueError(f"state_dict was taken with {name}={there}, this ATO has {name}={value}: build it alike")
-    if compressed and saved["cut"] is None:
+    for name, here in settings.items():
+        there = saved["settings"][name]
+        if there != here and name == "groups":
+            differ = next((p for p in zip(there, here, strict=False) if p[0] != p[1]), (len(there), len(here)))
+            raise ValueError(f"state_dict belongs to another model: prunable groups differ at {differ}")
+        if there != here:
+            raise ValueError(f"state_dict was taken with {name}={there}, this ATO has {name}={here}: build it alike")
+    if cut is not None and saved["cut"] != cut:
         raise ValueError(
-            "state_dict was taken before compress(), this ATO's model is compressed: load into a dense one"
+            "state_dict was taken before compress() or with another cut, and this ATO's model is compressed: load into "
+            "a fresh one"
         )
+    sizes = [[len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"state_dict has parameter groups of sizes {sizes[0]}, this ATO of sizes {sizes[1]}")
     return saved

@@ -7,7 +7,6 @@ that a file is loaded into, and the optimizer's state.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .groups import ForwardFn, Groups, remove, trace
+from .unwrap import copy_model
 
 PLAIN = (bool, int, float, str, type(None))
+CUT = "ato_cut"
+"""Attribute of a pruned network's root module that holds its cut."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class Cut:
         kept: tensor name -> dimension -> kept positions, for the parameters and buffers that shrink.
         attributes: module name -> attribute -> value after the cut, for those that change (out_channels ...).
         dense: tensor name -> shape before the cut, for all parameters and buffers.
-        modules: module name -> class name, for all modules.
+        modules: module name -> class and settings (stride ...) before the cut, for all modules.
     """
 
     kept: dict[str, dict[int, list[int]]]
     attributes: dict[str, dict[str, Any]]
     dense: dict[str, list[int]]
-    modules: dict[str, str]
+    modules: dict[str, dict[str, Any]]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -41,20 +43,28 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    def is_plain(value: Any) -> bool:
-        return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(isinstance(v, PLAIN) for v in value))
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(isinstance(v, PLAIN) for v in value))
 
+
+def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {
-        name: {key: value for key, value in vars(module).items() if is_plain(value) and key != "training"}
+        name: {key: value for key, value in vars(module).items() if _is_plain(value) and key != "training"}
         for name, module in model.named_modules()
     }
 
 
-def describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Shapes of all tensors and classes of all modules: what a cut must match."""
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Class and constants (stride ...) of a module, but for those that change no evaluation."""
+    constants = [key for key in getattr(module, "__constants__", ()) if key not in ("inplace", "p")]
+    values = {key: vars(module)[key] for key in constants if _is_plain(vars(module).get(key, []))}
+    return {"class": type(module).__name__, **values}
+
+
+def describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
+    """Shapes of all tensors, classes and settings of all modules: what a cut must match."""
     shapes = {name: list(t.shape) for name, t in tensors(model).items()}
-    return shapes, {name: type(module).__name__ for name, module in model.named_modules()}
+    return shapes, {name: _settings(module) for name, module in model.named_modules()}
 
 
 def _kept_positions(coordinates: Tensor, shape: list[int]) -> dict[int, list[int]]:
@@ -70,7 +80,7 @@ def _kept_positions(coordinates: Tensor, shape: list[int]) -> dict[int, list[int
 
 def derive_cut(model: nn.Module, groups: Groups, mask: Tensor, example_inputs: Any, forward_fn: ForwardFn) -> Cut:
     """The cut that torch-pruning makes when the gates that `mask` (gates,) bool closes go. `model` is not touched."""
-    template = copy.deepcopy(model)
+    template = copy_model(model)
     shapes, modules = describe(template)
     before = _plain_attributes(template)
     graph, _ = trace(template, example_inputs, forward_fn)
@@ -95,9 +105,13 @@ def check_cut(cut: Cut, model: nn.Module) -> None:
     """Raise ValueError, naming the first module that differs, unless `cut` was made from a model like `model`."""
     shapes, modules = describe(model)
     for name in dict.fromkeys((*cut.modules, *modules)):
-        here, there = modules.get(name, "missing"), cut.modules.get(name, "missing")
-        if here != there:
-            raise ValueError(f"the cut belongs to another architecture: module '{name}' is {here}, expected {there}")
+        here, there = modules.get(name, {}), cut.modules.get(name, {})
+        for key in dict.fromkeys((*there, *here)):
+            if here.get(key) != there.get(key):
+                raise ValueError(
+                    f"the cut belongs to another architecture: module '{name}' has {key} {here.get(key)}, expected "
+                    f"{there.get(key)}; pass the dense model from which the pruned one was made"
+                )
     for name in dict.fromkeys((*cut.dense, *shapes)):
         here_shape, there_shape = shapes.get(name), cut.dense.get(name)
         if here_shape != there_shape:
@@ -150,7 +164,21 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     for name, values in cut.attributes.items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, value)
+    earlier = getattr(model, CUT, None)
+    setattr(model, CUT, cut if earlier is None else compose(earlier, cut))
     return replaced
+
+
+def compose(first: Cut, second: Cut) -> Cut:
+    """The cut that does at once what `first`, and then `second` on what it left, does."""
+    kept = {name: dict(dims) for name, dims in first.kept.items()}
+    for name, dims in second.kept.items():
+        for dim, positions in dims.items():
+            before = kept.setdefault(name, {}).get(dim)
+            kept[name][dim] = positions if before is None else [before[k] for k in positions]
+    names = {*first.attributes, *second.attributes}
+    attributes = {name: first.attributes.get(name, {}) | second.attributes.get(name, {}) for name in names}
+    return Cut(kept, attributes, first.dense, first.modules)
 
 
 def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:

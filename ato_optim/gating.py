@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from .groups import GateTable
+from .unwrap import tensors_in
 
 
 class Masking:
@@ -82,11 +82,14 @@ class TurnHooks:
         self._handles = [
             model.register_forward_pre_hook(self.before),
             model.register_forward_hook(self.after, always_call=True),
+            model.register_state_dict_pre_hook(self._recover),
         ]
 
-    @property
-    def alive(self) -> bool:
-        return self._request is not None and self._request() is not None
+    def _recover(self, *_: Any) -> None:
+        """Undo what a forward left masked that ended in a KeyboardInterrupt, for which no forward hook is called."""
+        if self._masking is not None and torch._C._current_graph_task_id() == -1:
+            self._masking.undo()
+            self._masking = None
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -94,6 +97,7 @@ class TurnHooks:
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any) -> None:
+        self._recover()
         request = self._request() if self._request is not None else None
         if request is None or not module.training or not torch.is_grad_enabled():
             return
@@ -115,9 +119,12 @@ class TurnHooks:
             masking.apply()
             torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(masking.undo))
 
-        for tensor in _pytree.tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                tensor.register_hook(backward_begins)
+        hooked = [t.register_hook(backward_begins) for t in tensors_in(output) if t.grad_fn is not None]
+        if not hooked and output is not None:
+            raise TypeError(
+                f"model returned a {type(output).__name__} in which ATO finds no tensor with a gradient: return "
+                "tensors, or containers or objects that hold them"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurnHooks:
         return _inert()
@@ -142,12 +149,3 @@ def _inert() -> TurnHooks:
     hooks = object.__new__(TurnHooks)
     hooks._request, hooks._masking, hooks._recomputing, hooks._handles = None, None, False, []
     return hooks
-
-
-def hooks_of(model: nn.Module) -> TurnHooks | None:
-    """The live hooks of the ATO that has `model`, if one has."""
-    for hook in model._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, TurnHooks) and owner.alive:
-            return owner
-    return None

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.utils import _pytree
 from torch_pruning.dependency import Group, Node
 from torch_pruning.ops import OPTYPE
 
 from .guard import settling
+from .unwrap import tensors_in
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -98,6 +98,13 @@ class GateTable:
         out = rows[0].new_zeros(gates + 1)
         return out.index_add_(0, self.gate, torch.cat(rows))[:-1]
 
+    @torch.no_grad()
+    def closed_are_zero(self, model: nn.Module, mask: Tensor) -> bool:
+        """Whether all entries of the gates that `mask` (gates,) bool closes are exactly zero in `model`."""
+        if not self.names:
+            return True
+        return not bool(self.sum([p.abs() for p in self.parameters(model)], len(mask))[~mask].any())
+
     def to(self, device: torch.device) -> GateTable:
         return GateTable(self.names, self.dims, self.ndims, self.sizes, self.gate.to(device))
 
@@ -138,7 +145,7 @@ def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple
     outputs: list[Tensor] = []
 
     def forward(model: nn.Module, inputs: Any) -> list[Tensor]:
-        found = [t for t in _pytree.tree_leaves(forward_fn(model, inputs)) if isinstance(t, Tensor) and t.requires_grad]
+        found = [t for t in tensors_in(forward_fn(model, inputs)) if t.requires_grad]
         outputs.extend(found)
         return found
 
@@ -229,7 +236,13 @@ def _roles(group: Group) -> list[Role]:
     return roles
 
 
-def _reason_against(group: Group, outputs: set[Node], ignored: set[nn.Module], frozen: set[nn.Parameter]) -> str | None:
+def _reason_against(
+    group: Group,
+    outputs: set[Node],
+    ignored: set[nn.Module],
+    frozen: set[nn.Parameter],
+    names: Mapping[nn.Parameter, str],
+) -> str | None:
     """Why the channels of `group` must stay, None if nothing speaks against their removal."""
     for item in group.items:
         node, module = item.dep.target, item.dep.target.module
@@ -246,9 +259,15 @@ def _reason_against(group: Group, outputs: set[Node], ignored: set[nn.Module], f
             return "crosses a norm layer without a scale, which shifts zeros"
         if item.root_idxs is None or any(root is None for root in item.root_idxs):
             return "is mapped by torch-pruning to no single channel"
+    if len(group[0].idxs) == 1:
+        return "is one channel wide"
     roles = _roles(group)
+    if any(parameter not in names for _, parameter, *_ in roles):
+        return "holds parameters that are computed from others (parametrized)"
+    if any(max(positions) >= parameter.shape[dim] for _, parameter, dim, positions, _ in roles):
+        return "is broadcast over channels"
     if any(parameter in frozen for _, parameter, *_ in roles):
-        return "holds parameters that are frozen (requires_grad=False)"
+        return "holds parameters that are frozen (requires_grad=False) or not in base_optimizer"
     if all(writes for writes, *_ in roles):
         return "is read by no layer of the model"
     return None
@@ -268,7 +287,10 @@ def _all_groups(graph: tp.DependencyGraph) -> Iterator[tuple[nn.Module, Group | 
         except Exception as error:  # whatever torch-pruning raises on what it does not understand
             yield root, None, f"cannot be grouped by torch-pruning ({type(error).__name__}: {error})"
             continue
-        visited.update(item.dep.target.module for item in group.items if _prunes_outputs(group, item.dep))
+        # One channel that gates many others is coupled to the first of them alone: they are still to be looked at.
+        visited.add(root)
+        if len(channels) > 1:
+            visited.update(item.dep.target.module for item in group.items if _prunes_outputs(group, item.dep))
         yield root, group, ""
 
 
@@ -294,7 +316,7 @@ def discover(
         name = builder.module_names[root]
         layers = (name,) if group is None else written_layers(group, builder)
         if group is not None:
-            reason = (excluded or {}).get(name) or _reason_against(group, outputs, ignored, frozen) or ""
+            reason = (excluded or {}).get(name) or _reason_against(group, outputs, ignored, frozen, builder.names) or ""
         found.append((layers, group, reason))
     order = {name: k for k, name in enumerate(builder.module_names.values())}
     for layers, group, reason in sorted(found, key=lambda entry: order[entry[0][0]]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,19 +12,21 @@ from torch import Tensor, nn
 
 from . import checks
 from .budget import least_mask, minimum_widths
-from .checkpoint import CUT
 from .compress import Cut, apply_cut, carry_state, check_state, derive_cut
-from .gating import Masking, TurnHooks, gate_gradient, hooks_of
+from .gating import Masking, TurnHooks, gate_gradient
 from .groups import ForwardFn, call
 from .plan import Plan, make_plan
 from .projection import Projection, halfspace, masked_shares, timed
-from .report import Report, Width
+from .report import Report
 from .schedule import Schedule
 from .search import Search
-from .unwrap import unwrap
+from .unwrap import copy_model, unwrap
 
 VERSION = 1
 """Version of the format of state_dict()["ato"]."""
+
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ATO]] = weakref.WeakKeyDictionary()
+"""The ATO that each model has, while both live."""
 
 
 class ATO(torch.optim.Optimizer):
@@ -42,11 +44,12 @@ class ATO(torch.optim.Optimizer):
         target_flops: share of the dense network's MACs that is kept, in (0, 1]; 1 prunes nothing.
         total_steps: length of the run in calls of step(). Longer runs go on with the committed network.
         ignored_layers: modules, or their names, whose output channels all stay.
-        forward_fn: how to run the model, `forward_fn(model, example_inputs)`, where calling it will not do.
+        forward_fn: how to run the model, `forward_fn(model, example_inputs)`, where `model(example_inputs)` will
+            not do. It must call `model`, and may choose among what that returns.
         min_width: share of the channels that every layer keeps at least, in [0, 1].
         round_to: widths are multiples of this (or the dense width).
         projection: what pulls masked channels to zero: "timed" (default), or "proximal" or "halfspace" as in
-            the paper.
+            the paper (with the learning rate of the first parameter group).
         pull_time: for "timed": time constant of the pull while searching, as a share of the run.
         penalty: for "proximal" and "halfspace": lambda while searching, and what it has grown to at the end of
             the commit phase.
@@ -85,27 +88,20 @@ class ATO(torch.optim.Optimizer):
         controller_weight_decay: float = 1e-2,
         seed: int = 0,
     ):
-        checks.base_and_model(base_optimizer, model)
-        root = unwrap(model)
-        checks.numbers(
-            target_flops=target_flops,
-            total_steps=total_steps,
-            min_width=min_width,
-            round_to=round_to,
-            pull_time=pull_time,
-            epsilon=epsilon,
-            gamma=gamma,
-        )
-        checks.course(phases, interval, projection, penalty)
-        checks.parameters(base_optimizer, root)
-        if hooks_of(root) is not None:
-            raise ValueError("model already has an ATO: use that one, or compress() it first")
+        root = checks.base_and_model(base_optimizer, model)
+        checks.unowned(root, _OWNERS.get(root, lambda: None)())
+        checks.arguments(
+            phases, projection, penalty, interval, forward_fn, target_flops=target_flops, total_steps=total_steps,
+            min_width=min_width, round_to=round_to, pull_time=pull_time, epsilon=epsilon, gamma=gamma,
+            controller_lr=controller_lr, controller_weight_decay=controller_weight_decay, seed=seed,
+        )  # fmt: skip
         self.base = base_optimizer
         self.model = root
         self.target_flops, self.total_steps = float(target_flops), int(total_steps)
         self.projection, self.penalty, self.epsilon = projection, penalty, epsilon
         self.round_to = int(round_to)
-        self.schedule = Schedule.over(total_steps, tuple(phases), pull_time, interval)
+        self.schedule = Schedule.over(self.total_steps, tuple(phases), pull_time, interval)
+        checks.end(self.schedule.zero, self.total_steps, phases)
         self.example_inputs, self.forward_fn = example_inputs, forward_fn or call
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
         self.plan: Plan = make_plan(
@@ -133,6 +129,7 @@ class ATO(torch.optim.Optimizer):
     def _attach(self) -> None:
         """Share the base optimizer's groups and state; hook the model."""
         self.param_groups, self.state = self.base.param_groups, self.base.state
+        _OWNERS[self.model] = weakref.ref(self)
         self._turn: Masking | None = None
         self._hooks = TurnHooks(self.model, self._request_masking) if self.searching else None
 
@@ -152,12 +149,17 @@ class ATO(torch.optim.Optimizer):
         if closure is not None and self._turn_due:
             with torch.enable_grad():
                 loss = closure()
-        if self.search is not None and self._turn is not None:
-            self._controller_turn(self.search, self._turn)
+            closure = _known_once(closure, loss)
+        turn, done = self._turn, self.step_count + 1
+        if self.search is not None and turn is not None:
+            self._controller_turn(self.search, turn)
         else:
             loss = self.base.step(closure) if closure is not None else self.base.step()
-            self._pull(self.step_count + 1)
-        self._advance()
+        if self.search is not None and done == max(1, self.schedule.commit):
+            self._commit(self.search, done)
+        if turn is None:
+            self._pull(done)
+        self.step_count = done
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,7 +192,8 @@ class ATO(torch.optim.Optimizer):
         Raises:
             ValueError: if the checkpoint is of another format, model, budget or length of run; nothing is changed.
         """
-        saved = checks.checkpoint(state_dict.get("ato"), VERSION, self._settings(), self.cut is not None)
+        own_cut = None if self.cut is None else asdict(self.cut)
+        saved = checks.checkpoint(state_dict, VERSION, self._settings(), own_cut, self.param_groups)
         if saved["cut"] is not None and self.cut is None:
             self._apply(Cut(**saved["cut"]))
         self.base.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
@@ -208,6 +211,10 @@ class ATO(torch.optim.Optimizer):
             "target_flops": self.target_flops,
             "total_steps": self.total_steps,
             "groups": [[layer.root, layer.size] for layer in self.plan.groups.layers],
+            "least widths": self.least.tolist(),
+            "round_to": self.round_to,
+            "projection": self.projection,
+            "schedule": asdict(self.schedule),
         }
 
     # --- the order of events -------------------------------------------------------------------------------
@@ -245,7 +252,7 @@ class ATO(torch.optim.Optimizer):
         gradient = gate_gradient(self.model, turn.table, len(self.mask))
         search.learn(self.step_count, gradient)
         self.mask = search.proposal()
-        self._note_share()
+        self._note_share(self.step_count)
         self.last_turn, self._turn = self.step_count, None
 
     @torch.no_grad()
@@ -266,16 +273,15 @@ class ATO(torch.optim.Optimizer):
             factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
         torch._foreach_mul_(parameters, producers.split(torch.where(self.mask, 1.0, factor)))
 
-    def _advance(self) -> None:
-        """Count the step; commit when its time has come."""
-        self.step_count += 1
-        if self.search is not None and self.step_count == max(1, self.schedule.commit):
-            self.mask = self.search.settle(self.round_to)
-            self._note_share()
-            self._detach()
+    def _commit(self, search: Search, step: int) -> None:
+        """Fix the mask."""
+        checks.learned(self.last_turn, self.schedule)
+        self.mask = search.settle(self.round_to)
+        self._note_share(step)
+        self._detach()
 
-    def _note_share(self) -> None:
-        self.history.append((self.step_count, self.plan.share(self.mask)))
+    def _note_share(self, step: int) -> None:
+        self.history.append((step, self.plan.share(self.mask)))
 
     def _detach(self) -> None:
         if self._hooks is not None:
@@ -297,29 +303,26 @@ class ATO(torch.optim.Optimizer):
             inplace: False leaves model and optimizer alone and returns a pruned copy.
 
         Raises:
-            ValueError: before the masked channels are zero, saying how many steps are missing; or if `model`
-                is another architecture.
+            ValueError: before the masked channels are zero, saying how many steps are missing; if they are not
+                zero any more; or if `model` is another architecture. Nothing is changed then.
         """
-        if self.target_flops < 1 and self.cut is None and self.phase != "zero":
-            missing = self.schedule.zero - self.step_count
-            raise ValueError(
-                f"compress() came {missing} step(s) too early: step {self.step_count} of total_steps="
-                f"{self.total_steps}, masked channels are zero from step {self.schedule.zero} on; train on, or "
-                "give a smaller total_steps to ATO if the run is shorter"
-            )
-        cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask, self.example_inputs, self.forward_fn)
         own = model is None or unwrap(model) is self.model
+        if self.target_flops < 1 and self.cut is None:
+            checks.zeroed(self.step_count, self.schedule, not own or self._masked_are_zero())
+        cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask, self.example_inputs, self.forward_fn)
         target = self.model if model is None else unwrap(model)
         if own and inplace:
             if self.cut is None:
                 self._apply(cut)
             return target
         if not inplace:
-            target = copy.deepcopy(target)
+            target = copy_model(target)
         if not (own and self.cut is not None):
             apply_cut(cut, target)
-        setattr(target, CUT, cut)
         return target
+
+    def _masked_are_zero(self) -> bool:
+        return self.plan.groups.producers.closed_are_zero(self.model, self.mask)
 
     def _apply(self, cut: Cut) -> None:
         """Cut the trained model and carry the base optimizer's state over."""
@@ -327,7 +330,6 @@ class ATO(torch.optim.Optimizer):
         check_state(self.base, names, cut)
         replaced = apply_cut(cut, self.model)
         carry_state(self.base, cut, names, replaced)
-        setattr(self.model, CUT, cut)
         self.cut = cut
         self._detach()
 
@@ -335,26 +337,23 @@ class ATO(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """What was found, what is left out and why, widths, MACs and parameters before and after."""
-        plan, schedule = self.plan, self.schedule
-        left = [p.numel() for p in self.model.parameters()]
-        kept = torch.zeros(len(self.least), dtype=torch.long, device=plan.device)
-        kept.index_add_(0, plan.layer_of_gate, self.mask.long())
+        facts = self.plan.facts(self.mask)
+        if self.cut is not None:
+            facts["parameters_after"] = sum(p.numel() for p in self.model.parameters())
+        schedule = self.schedule
         return Report(
             phase=self.phase,
             step=self.step_count,
             total_steps=self.total_steps,
             target_flops=self.target_flops,
             least_flops=self.least_flops,
-            prunable_flops=1 - plan.share(torch.zeros_like(self.mask)),
-            macs_before=round(plan.cost.dense),
-            macs_after=round(plan.cost(self.mask).item()),
-            parameters_before=plan.count_parameters(torch.ones_like(self.mask)),
-            parameters_after=plan.count_parameters(self.mask) if self.cut is None else sum(left),
-            widths=tuple(
-                Width(layer.layers, layer.size, after)
-                for layer, after in zip(plan.groups.layers, kept.tolist(), strict=True)
-            ),
-            left_out=tuple((entry.layers, entry.reason) for entry in plan.groups.left_out),
             history=tuple(self.history),
             boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
+            **facts,
         )
+
+
+def _known_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
+    """`closure`, whose first call has been made already and gave `loss`."""
+    results = [loss]
+    return lambda: results.pop() if results else closure()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from .cost import CostModel, build_cost, count_macs
 from .groups import ForwardFn, Groups, discover
 from .proof import objections
+from .report import Width
+from .unwrap import copy_model
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ class Plan:
                 sizes[name][dim] = int(open_.sum())
         return sum(math.prod(shape) for shape in sizes.values())
 
+    def facts(self, mask: Tensor) -> dict[str, Any]:
+        """What a Report says of the model and of `mask` (gates,) bool."""
+        layers = self.groups.layers
+        return {
+            "prunable_flops": 1 - self.share(torch.zeros_like(mask)),
+            "macs_before": round(self.cost.dense),
+            "macs_after": round(self.cost(mask).item()),
+            "parameters_before": self.count_parameters(torch.ones_like(mask)),
+            "parameters_after": self.count_parameters(mask),
+            "widths": tuple(Width(layer.layers, layer.size, int(mask[layer.gates].sum())) for layer in layers),
+            "left_out": tuple((entry.layers, entry.reason) for entry in self.groups.left_out),
+        }
+
 
 def make_plan(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, ignored: list[nn.Module], trained: set[Any]
@@ -62,7 +76,7 @@ def make_plan(
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng():
-        copied = copy.deepcopy(model)
+        copied = copy_model(model)
         try:
             counts = count_macs(copied, example_inputs, forward_fn)
         except Exception as error:

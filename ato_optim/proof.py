@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from .compress import apply_cut, derive_cut
 from .cost import CostModel, count_macs
 from .groups import ForwardFn, Groups, LayerGroup
+from .unwrap import copy_model, tensors_in
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output."""
@@ -21,7 +22,7 @@ TOLERANCE = 1e-4
 @torch.no_grad()
 def randomised(model: nn.Module) -> nn.Module:
     """A copy in eval mode without the zeros of a fresh network (biases, means), which would hide what is not exact."""
-    copied = copy.deepcopy(model).eval()
+    copied = copy_model(model).eval()
     generator = torch.Generator().manual_seed(0)
 
     def noise(tensor: Tensor) -> Tensor:
@@ -50,16 +51,28 @@ def _halves(groups: Groups, chosen: Sequence[LayerGroup]) -> list[Tensor]:
     return masks
 
 
-def _random_inputs(example_inputs: Any) -> Any:
-    """The example inputs with their floating-point tensors drawn anew: zeros would hide what is not exact."""
+def _telling_inputs(example_inputs: Any) -> Any:
+    """The example inputs, constant floating-point tensors among them drawn anew: zeros would hide what is not exact."""
     generator = torch.Generator().manual_seed(2)
 
     def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
+            return leaf
+        if leaf.isfinite().all() and leaf.min() < leaf.max():
             return leaf
         return torch.randn(leaf.shape, generator=generator).to(leaf)
 
     return _pytree.tree_map(draw, example_inputs)
+
+
+def _runs_in_training(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> bool:
+    """Whether the model takes the example inputs in training mode, where some want targets or larger batches."""
+    try:
+        with torch.no_grad():
+            forward_fn(copy_model(model).train(), inputs)
+    except Exception:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -69,18 +82,20 @@ def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> None:
 
 
 def difference(outputs: Any, others: Any) -> float:
-    """Largest absolute difference of two nests of tensors, relative to the largest value; inf if shapes differ."""
-    pairs = list(zip(_pytree.tree_leaves(outputs), _pytree.tree_leaves(others), strict=True))
-    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
+    """Largest difference of two nests of tensors, relative to the largest value; inf for NaN and other shapes."""
+    pairs = list(zip(tensors_in(outputs), tensors_in(others), strict=True))
+    tensors = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
     if any(a.shape != b.shape for a, b in tensors):
         return float("inf")
-    largest = max((a.abs().max().item() for a, _ in tensors), default=0.0)
-    apart = max(((a - b).abs().max().item() for a, b in tensors), default=0.0)
-    return apart / max(largest, 1e-12) if apart == apart else float("inf")
+    if not tensors:
+        return 0.0
+    largest = torch.stack([a.abs().max().double() for a, _ in tensors]).max().item()
+    apart = torch.stack([(a - b).abs().max().double() for a, b in tensors]).max().item()
+    return apart / max(largest, 1e-12) if math.isfinite(apart) and math.isfinite(largest) else float("inf")
 
 
 def _objection(
-    model: nn.Module, groups: Groups, mask: Tensor, cost: CostModel, inputs: Any, forward_fn: ForwardFn
+    model: nn.Module, groups: Groups, mask: Tensor, cost: CostModel, inputs: Any, forward_fn: ForwardFn, trains: bool
 ) -> str | None:
     """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
     masked, pruned = randomised(model), randomised(model)
@@ -88,7 +103,7 @@ def _objection(
     try:
         apply_cut(derive_cut(model, groups, mask, inputs, forward_fn), pruned)
         with torch.no_grad():
-            tried = _random_inputs(inputs)
+            tried = _telling_inputs(inputs)
             apart = difference(forward_fn(masked, tried), forward_fn(pruned, tried))
     except Exception as error:  # whatever torch-pruning or the cut model raises is a reason to leave the group alone
         return f"cannot be cut by torch-pruning ({type(error).__name__}: {error})"
@@ -96,6 +111,8 @@ def _objection(
         return f"its removal would change the output by {apart:.0e} of the largest value"
     if count_macs(pruned, inputs, forward_fn)[""] != cost(mask).item():
         return "its share of the MACs cannot be predicted"
+    if trains and not _runs_in_training(pruned, inputs, forward_fn):
+        return "is read by a layer that runs in training mode only"
     return None
 
 
@@ -104,10 +121,14 @@ def objections(
 ) -> dict[str, str]:
     """Root layers of the groups that fail the trial, with the reason: found by halving. `model` is not touched."""
     failed: dict[str, str] = {}
+    trains = _runs_in_training(model, example_inputs, forward_fn)
     stack = [groups.layers] if groups.layers else []
     while stack:
         chosen = stack.pop()
-        trials = (_objection(model, groups, mask, cost, example_inputs, forward_fn) for mask in _halves(groups, chosen))
+        trials = (
+            _objection(model, groups, mask, cost, example_inputs, forward_fn, trains)
+            for mask in _halves(groups, chosen)
+        )
         reason = next((reason for reason in trials if reason is not None), None)
         if reason is None:
             continue

@@ -1,11 +1,18 @@
-"""The network inside the wrappers that training puts around it."""
+"""The network inside the wrappers that training puts around it, copies of it, and the tensors that it returns."""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -17,3 +24,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def copy_model(model: Model) -> Model:
+    """A deepcopy of `model`; activations that modules keep as attributes, which torch refuses to copy, are detached."""
+    kept = (value for module in model.modules() for value in vars(module).values())
+    return copy.deepcopy(model, {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns: nests of containers, and objects by their attributes."""
+    for leaf in _pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            yield from tensors_in(list(vars(leaf).values()))

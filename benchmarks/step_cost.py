@@ -25,7 +25,7 @@ from ato_optim import ATO
 CASES = {
     "pull on masked channels": {"phases": (0, 0, 0, 1)},
     "masked channels held at zero": {"phases": (0, 0, 0, 0)},
-    "controller turn": {"phases": (0, 0, 1, 1), "interval": 1},
+    "controller turn": {"phases": (0, 0, 0.9, 1), "interval": 1},
 }
 
 

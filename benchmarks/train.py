@@ -122,8 +122,10 @@ def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float) -> None
         model, example, tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=0.98,
         iterative_steps=steps, ignored_layers=[classifier(model)],
     )  # fmt: skip
-    while macs(model, example) > wanted:
+    for _ in range(steps):
         pruner.step()
+        if macs(model, example) <= wanted:
+            break
     model.train()
 
 

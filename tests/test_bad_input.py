@@ -31,6 +31,10 @@ def build(model=None, base=None, inputs=None, **options):
         ({"min_width": 2}, ["min_width=2"]),
         ({"round_to": 0}, ["round_to=0"]),
         ({"interval": 0}, ["interval=0"]),
+        ({"total_steps": float("inf")}, ["total_steps=inf"]),
+        ({"controller_lr": -1}, ["controller_lr=-1"]),
+        ({"phases": 0.3}, ["phases=0.3"]),
+        ({"phases": (0.1, 0.2, 1, 1)}, ["phases=", "commit earlier"]),
         ({"phases": (0.5, 0.1, 0.2, 0.6)}, ["phases="]),
         ({"pull_time": 0}, ["pull_time=0"]),
         ({"epsilon": 1}, ["epsilon=1"]),
@@ -47,10 +51,13 @@ def test_arguments(options, words):
 
 
 def test_a_budget_below_the_least_names_the_least():
-    least = build(min_width=0.5).least_flops
-    with pytest.raises(ValueError, match=f"target_flops=0.05.*{least:.4f}"):
-        build(target_flops=0.05, min_width=0.5)
-    build(target_flops=least + 1e-9, min_width=0.5)
+    for min_width in (0.3, 0.4, 0.5):
+        with pytest.raises(ValueError, match=r"target_flops=0.0005.*least budget of this model is") as error:
+            build(target_flops=0.0005, min_width=min_width)
+        named = float(re.search(r"model is ([\d.]+)", str(error.value))[1])
+        build(target_flops=named, min_width=min_width)
+        with pytest.raises(ValueError, match="least budget"):
+            build(target_flops=named - 2e-4, min_width=min_width)
 
 
 def test_a_base_optimizer_of_other_parameters():
@@ -59,13 +66,18 @@ def test_a_base_optimizer_of_other_parameters():
 
 
 def test_types():
-    for name in ("target_flops", "total_steps", "round_to"):
+    for name in ("target_flops", "total_steps", "round_to", "interval", "seed"):
         with pytest.raises(TypeError, match=f"{name}='1'"):
             build(**{name: "1"})
     with pytest.raises(TypeError, match="base_optimizer is a dict"):
         build(base={})
     with pytest.raises(TypeError, match="model is a str"):
         ATO(torch.optim.SGD(Residual().parameters(), lr=0.1), "resnet18", example(), target_flops=0.5, total_steps=1)
+    with pytest.raises(TypeError, match="forward_fn is a int"):
+        build(forward_fn=3)
+    for layers in ("one", nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match=r"ignored_layers=.*pass a list"):
+            build(ignored_layers=layers)
     model = Residual()
     with pytest.raises(TypeError, match="ATO already"):
         build(model, base=build(model))
@@ -93,6 +105,52 @@ def test_a_model_that_has_an_ato():
     with pytest.raises(ValueError, match="already has an ATO"):
         build(model)
     assert optimizer.model is model
+
+
+def test_a_model_whose_ato_has_committed_or_prunes_nothing_is_taken_too():
+    model, optimizer = make()
+    train(model, optimizer, 40)
+    with pytest.raises(ValueError, match="already has an ATO, at step 40"):
+        build(model)
+    optimizer.compress()
+    build(model, target_flops=0.9)
+    whole = Residual()
+    first = build(whole, target_flops=1)
+    with pytest.raises(ValueError, match="already has an ATO"):
+        build(whole)
+    assert first.model is whole
+
+
+def test_weights_from_before_the_commit_are_not_compressed():
+    model, optimizer = make()
+    train(model, optimizer, 10)
+    best = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 50, skip=10)
+    model.load_state_dict(best)
+    with pytest.raises(ValueError, match="not zero"):
+        optimizer.compress()
+
+
+def test_a_run_without_controller_turns_warns():
+    model, optimizer = make()
+    model.eval()
+    with pytest.warns(UserWarning, match="no controller turn"):
+        train(model, optimizer, 40)
+
+
+def test_a_checkpoint_of_another_cut_is_refused_and_nothing_is_changed():
+    states = []
+    for skip in (0, 7):
+        model, optimizer = make()
+        with torch.no_grad():
+            optimizer.search.controller.head.mul_(1 + skip)
+        train(model, optimizer, 60, skip=skip)
+        optimizer.compress()
+        states.append((model, optimizer))
+    (_, one), (_, other) = states
+    assert one.cut != other.cut
+    with pytest.raises(ValueError, match="another cut"):
+        one.load_state_dict(other.state_dict())
 
 
 def test_compress_before_its_time_says_how_many_steps_are_missing():

@@ -67,7 +67,21 @@ def wider():
     return model
 
 
-@pytest.mark.parametrize(("network", "named"), [(wider, "'one.0'"), (Depthwise, "'' is Depthwise")])
+def strided():
+    """Other arithmetic with tensors of the same shapes."""
+    model = Residual()
+    model.one[0].stride, model.two.padding = (2, 2), (2, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (wider, "'one.0' has out_channels 14, expected 12"),
+        (strided, "'one.0' has stride"),
+        (Depthwise, "'' has class Depthwise"),
+    ],
+)
 def test_another_architecture_is_refused_with_the_first_module_that_differs(saved, network, named):
     model = network()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -84,3 +98,14 @@ def test_other_files_and_models_are_refused(saved, tmp_path):
         save_pruned(Residual(), tmp_path / "dense.pt")
     with pytest.raises(ValueError, match="dense model"):
         load_pruned(saved[0], saved[1])  # pruned already
+
+
+def test_a_pruned_network_that_is_pruned_again_loads_into_the_dense_one(saved, tmp_path):
+    model, _ = saved
+    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=20)
+    train(model, optimizer, 20)
+    small = optimizer.compress()
+    save_pruned(torch.compile(small), tmp_path / "twice.pt")  # a wrapper makes no difference
+    loaded = load_pruned(Residual(), tmp_path / "twice.pt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(example()), small.eval()(example()))

@@ -1,6 +1,7 @@
 """Controller turns: what is read is right, what must not be touched or seen is not."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ato_optim import ATO
-from ato_optim.gating import Masking, gate_gradient, hooks_of
+from ato_optim.gating import Masking, gate_gradient
 from ato_optim.groups import call
 from ato_optim.plan import make_plan
 
@@ -174,6 +175,54 @@ def test_an_exception_in_the_backward_leaves_no_masked_weights_behind():
     assert same(before, model.state_dict())
 
 
+def test_ctrl_c_in_a_masked_forward_leaves_no_masked_weights_behind():
+    """Forward hooks are not called for a KeyboardInterrupt, after which people save a checkpoint."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model, optimizer = at_a_turn()
+    before = snapshot(model)
+    x, y = next(iter(batches(1)))
+    handle = model.fc.register_forward_hook(interrupt)
+    for recovers in (model.state_dict, lambda: model.eval()(x)):
+        with pytest.raises(KeyboardInterrupt):
+            model.train()(x)
+        handle.remove()
+        recovers()
+        assert all(torch.equal(t, before[name]) for name, t in {**dict(model.named_parameters())}.items())
+        handle = model.fc.register_forward_hook(interrupt)
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class Wrapped(Residual):
+    def forward(self, x):
+        return Output(super().forward(x))
+
+
+def test_outputs_may_be_objects():
+    """The backward through a dataclass's tensors runs masked like any other."""
+    gradients = []
+    for network, forward_fn in (Residual, None), (Wrapped, lambda model, x: model(x).logits):
+        torch.manual_seed(0)
+        model = network()
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=40, interval=1, forward_fn=forward_fn)
+        for x, y in batches(19):
+            out = model(x)
+            optimizer.zero_grad()
+            F.cross_entropy(out if forward_fn is None else out.logits, y).backward()
+            optimizer.step()
+        assert optimizer.history
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, wrapped in zip(*gradients, strict=True):
+        assert torch.equal(plain, wrapped)
+
+
 def test_the_backward_runs_masked_also_under_activation_checkpointing():
     """What a checkpointed segment recomputes in the backward must be the masked network again."""
 
@@ -214,7 +263,6 @@ def test_gradients_accumulate_over_a_turn():
 def test_copies_of_the_model_are_free():
     model, optimizer = at_a_turn()
     copied = copy.deepcopy(model)
-    assert hooks_of(model) is not None and hooks_of(copied) is None
     ATO(torch.optim.SGD(copied.parameters(), lr=0.1), copied, example(), target_flops=0.5, total_steps=10)
     del optimizer
     ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=0.5, total_steps=10)
