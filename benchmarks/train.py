@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the run's own checkpoint, if there is one")
     add("--save-every", type=float, default=60, metavar="S", help="seconds between checkpoints")
     args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
+    # As it was called, but for the names of folders, which are nobody else's.
+    folders = {str(args.data_dir): "DIR", str(args.out): "OUT"}
+    args.argv = [folders.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     args.epochs = args.epochs or (40 if args.data == "digits" else 16)
     args.name = args.name or f"{args.data}-{args.model}-{args.method}-{args.seed}"
     return args
@@ -281,7 +284,7 @@ class Run:
             "arguments": {k: v for k, v in vars(self.args).items() if k in RECORDED},
             "recipe": {"optimizer": "SGD", **RECIPE, "schedule": "linear warm-up, cosine to zero"},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "commit": self.commit,
-                         "torchvision": torchvision.__version__, "torch_pruning": tp.__version__},
+                         "torchvision": torchvision.__version__, "torch_pruning": version("torch-pruning")},
             "hardware": hardware(self.device),
             "precision": str(self.amp or torch.float32),
             "accuracy": accuracy,
