@@ -39,7 +39,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import data
 import models
 
-RECORDED = ("model", "data", "method", "target_flops", "epochs", "batch", "lr", "warmup_epochs", "seed", "early", "ato")
+RECORDED = (
+    "model",
+    "data",
+    "method",
+    "target_flops",
+    "epochs",
+    "batch",
+    "lr",
+    "warmup_epochs",
+    "seed",
+    "early",
+    "compile",
+    "ato",
+)
 RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
@@ -60,6 +73,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--early", action="store_true", help="remove the channels as soon as they are zero, not at the end")
     add("--ato", type=json.loads, default={}, help='further arguments of ATO as JSON: {"round_to": 8}')
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="train through torch.compile; evaluation stays eager")
     add("--threads", type=int, help="CPU threads; default: torch's")
     add("--out", type=Path, default=Path("runs"), help="folder of checkpoint, JSON and figure")
     add("--name", help="name of the run; default: data-model-method-seed")
@@ -82,6 +96,7 @@ def amp_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else None
 
 
+@torch.compiler.set_stance("force_eager")
 def macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of one forward, as torch's FlopCounterMode counts them."""
     training = model.training
@@ -140,6 +155,7 @@ def learning_rate(args: argparse.Namespace, step: int, per_epoch: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: data.Batches, test: data.Split) -> tuple[float, Tensor]:
     """Test accuracy in percent and the logits (N, classes), float32."""
@@ -149,6 +165,7 @@ def evaluate(model: nn.Module, batches: data.Batches, test: data.Split) -> tuple
     return 100 * (logits.argmax(1) == test.labels).float().mean().item(), logits
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def latency(networks: dict[str, nn.Module], x: Tensor, repeats: int = 30) -> dict[str, float]:
     """Median milliseconds of one forward on the batch `x`, the networks taking turns."""
@@ -199,9 +216,14 @@ class Run:
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
         if args.method == "narrow":
             self.model = narrow(self.model, self.example, args.target_flops * self.dense_macs)
+        self._compile()
         self.optimizer = self._optimizer()
         self.step, self.seconds = 0, 0.0
         self.at_cut: dict[str, Any] = {}
+
+    def _compile(self) -> None:
+        if self.args.compile:
+            self.model.compile()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         sgd = torch.optim.SGD(self.model.parameters(), lr=self.args.lr, **RECIPE)
@@ -270,6 +292,7 @@ class Run:
         state = torch.load(self.checkpoint, weights_only=self.args.method == "ato")
         if self.args.method != "ato":
             self.model = state["model"]
+            self._compile()
             self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.method == "ato":
