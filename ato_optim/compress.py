@@ -1,8 +1,8 @@
-"""Physical removal: torch-pruning cuts a copy once, and the cut it made is applied wherever it is wanted.
+"""Physical removal: the cut that a mask makes, as plain data, applied wherever it is wanted.
 
-The copy carries coordinates instead of weights, so that what torch-pruning leaves says which entries survive.
-The cut is plain data: the same one serves the trained model in place, an averaged copy, a fresh dense model
-that a file is loaded into, and the optimizer's state.
+The tables say which positions of every tensor go; torch-pruning's own pruners, run on a copy without data, say what
+becomes of the modules' attributes, and must leave the same shapes. The same cut serves the trained model in place,
+an averaged copy, a fresh dense model that a file is loaded into, and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
-from .groups import ForwardFn, Groups, remove, trace
+from .graph import grouped
+from .groups import Groups
 from .unwrap import copy_model
 
 PLAIN = (bool, int, float, str, type(None))
@@ -67,38 +69,72 @@ def describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str
     return shapes, {name: _settings(module) for name, module in model.named_modules()}
 
 
-def _kept_positions(coordinates: Tensor, shape: list[int]) -> dict[int, list[int]]:
-    """Dimension -> kept positions, from the flat coordinates that survived of a tensor of `shape`."""
-    kept, stride = {}, 1
-    for dim in reversed(range(len(shape))):
-        if coordinates.shape[dim] != shape[dim]:
-            line = coordinates.movedim(dim, 0).reshape(coordinates.shape[dim], -1)[:, 0]
-            kept[dim] = (line.long() // stride % shape[dim]).tolist()
-        stride *= shape[dim]
-    return kept
+def _kept(model: nn.Module, groups: Groups, mask: Tensor) -> dict[str, dict[int, list[int]]]:
+    """Tensor name -> dimension -> positions that stay, under every name that a tensor has."""
+    kept: dict[str, dict[int, list[int]]] = {}
+    for table in (groups.producers, groups.consumers, groups.followers):
+        for name, dim, open_ in zip(table.names, table.dims, table.split(mask), strict=True):
+            if not open_.all():
+                kept.setdefault(name, {})[dim] = open_.flatten().nonzero().flatten().tolist()
+    found = tensors(model)
+    first = {id(found[name]): dims for name, dims in kept.items()}
+    return {name: first[id(tensor)] for name, tensor in found.items() if id(tensor) in first}
 
 
-def derive_cut(model: nn.Module, groups: Groups, mask: Tensor, example_inputs: Any, forward_fn: ForwardFn) -> Cut:
-    """The cut that torch-pruning makes when the gates that `mask` (gates,) bool closes go. `model` is not touched."""
-    template = copy_model(model)
-    shapes, modules = describe(template)
-    before = _plain_attributes(template)
-    graph, _ = trace(template, example_inputs, forward_fn)
-    for tensor in tensors(template).values():
-        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-    remove(graph, groups, mask.cpu())
-    left = tensors(template)
-    kept = {name: _kept_positions(left[name].detach(), shape) for name, shape in shapes.items()}
+def _close_groups(conv: Any, inputs: list[int], outputs: list[int]) -> None:
+    """Remove whole groups of a grouped convolution, where torch-pruning would thin out all of them."""
+    rows = inputs if conv.transposed else outputs
+    conv.groups -= conv.groups * len(outputs) // conv.out_channels
+    conv.in_channels -= len(inputs)
+    conv.out_channels -= len(outputs)
+    keep = [k for k in range(len(conv.weight)) if k not in set(rows)]
+    conv.weight = nn.Parameter(conv.weight[keep])
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(conv.bias[: conv.out_channels])
+
+
+def _prune(model: nn.Module, groups: Groups, mask: Tensor) -> None:
+    """Let torch-pruning's pruners remove from every module of `model` the channels that `mask` (gates,) closes."""
+    open_ = torch.cat([mask, mask.new_ones(1)])
+    gone = {key: (~open_[gates]).nonzero().flatten().tolist() for key, gates in groups.sides.items()}
+    for (name, writes), channels in gone.items():
+        module = model.get_submodule(name)
+        pruner = tp.pruner.function.PrunerBox.get(tp.ops.module2type(module))
+        if not channels or pruner is None:
+            continue
+        if grouped(module):
+            if writes:
+                _close_groups(module, gone.get((name, False), channels), channels)
+        elif writes:
+            pruner.prune_out_channels(module, channels)
+        else:
+            pruner.prune_in_channels(module, channels)
+
+
+def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
+    """The cut that removes the gates that `mask` (gates,) bool closes. `model` is not touched.
+
+    Raises:
+        RuntimeError: if torch-pruning's pruners leave other shapes than the tables say.
+    """
+    groups, mask = groups.to(torch.device("cpu")), mask.cpu()
+    shapes, modules = describe(model)
+    kept = _kept(model, groups, mask)
+    skeleton = copy_model(model, device="meta")
+    before = _plain_attributes(skeleton)
+    _prune(skeleton, groups, mask)
+    pruned = {name for name, _ in groups.sides}
+    for name, tensor in tensors(skeleton).items():
+        if name.rpartition(".")[0] not in pruned:
+            continue
+        shape = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shapes[name])]
+        if list(tensor.shape) != shape:
+            raise RuntimeError(f"torch-pruning leaves {name} in shape {list(tensor.shape)}, expected {shape}")
     attributes = {
         name: {key: value for key, value in values.items() if value != before[name].get(key)}
-        for name, values in _plain_attributes(template).items()
+        for name, values in _plain_attributes(skeleton).items()
     }
-    return Cut(
-        {name: dims for name, dims in kept.items() if dims},
-        {name: values for name, values in attributes.items() if values},
-        shapes,
-        modules,
-    )
+    return Cut(kept, {name: values for name, values in attributes.items() if values}, shapes, modules)
 
 
 def check_cut(cut: Cut, model: nn.Module) -> None:

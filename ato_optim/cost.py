@@ -16,32 +16,52 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .groups import ForwardFn, GateTable, Groups, call
+from .graph import ForwardFn, call, grouped
+from .groups import GateTable, Groups
 
 
-def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call) -> dict[str, int]:
-    """MACs of one forward in eval mode by module name; the empty name has the total.
+def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call) -> tuple[Any, dict[str, int]]:
+    """The outputs of one forward in eval mode, and its MACs by module name; the empty name has the total.
 
-    The fused attention path goes uncounted by torch and is switched off meanwhile.
+    Modules with a weight of their own are listed, wherever they are called from, under their first name. The fused
+    attention path goes uncounted by torch and is switched off meanwhile.
     """
+    names = {module: name for name, module in model.named_modules()}
     training = {module: module.training for module in model.modules()}
+    counts: dict[str, int] = dict.fromkeys(names.values(), 0)
+    handles = []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            forward_fn(model.eval(), example_inputs)
+
+            def begin(module: nn.Module, _: Any) -> None:
+                counts[names[module]] -= counter.get_total_flops() // 2
+
+            def end(module: nn.Module, _: Any, output: Any) -> None:
+                counts[names[module]] += counter.get_total_flops() // 2
+
+            for module in names:
+                if _has_width(module):
+                    handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+            outputs = forward_fn(model.eval(), example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        for handle in handles:
+            handle.remove()
         for module, flag in training.items():
             module.training = flag
-    root = type(model).__name__ + "."
-    counts = {
-        name.removeprefix(root): sum(ops.values()) // 2
-        for name, ops in counter.get_flop_counts().items()
-        if name.startswith(root)
-    }
     counts[""] = counter.get_total_flops() // 2
-    return counts
+    return outputs, counts
+
+
+def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call) -> int:
+    """MACs of one forward in eval mode."""
+    return counted(model, example_inputs, forward_fn)[1][""]
+
+
+def _has_width(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,7 @@ def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], t
 
 
 def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> CostModel:
-    """The cost model of `model` under `groups`, from its own `counts` (see count_macs)."""
+    """The cost model of `model` under `groups`, from its own `counts` (see counted)."""
     # One entry a weight: layers that share a weight share its widths, and their MACs add up.
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     index: dict[str, int] = {}
@@ -110,12 +130,12 @@ def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> Cost
     slots: tuple[dict[tuple[str, int], int], dict[tuple[str, int], int]] = ({}, {})
     rest = counts[""]
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not counts.get(name):
+        if not _has_width(module) or not counts.get(name):
             continue
-        # A depthwise convolution has one input channel a group, whatever is removed, and its rows first.
-        grouped = getattr(module, "groups", 1) > 1
-        out_dim = int(getattr(module, "transposed", False) and not grouped)
-        sizes = 1 if grouped else module.weight.shape[1 - out_dim], module.weight.shape[out_dim]
+        # What a group of a grouped convolution costs is the same whatever is removed: its rows alone count.
+        rows_alone = grouped(module)
+        out_dim = int(getattr(module, "transposed", False) and not rows_alone)
+        sizes = 1 if rows_alone else module.weight.shape[1 - out_dim], module.weight.shape[out_dim]
         weight = names[module.weight]
         if weight not in index:
             index[weight] = len(units)

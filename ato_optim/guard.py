@@ -1,47 +1,28 @@
-"""A guard for torch-pruning's search of a group, which on some graphs never ends (1.6.1: slices, 5-d reshapes)."""
+"""torch-pruning's dependency graph without its index mappings.
+
+torch-pruning 1.6.1 asks torch for the shapes of a reshape under a name that torch has changed, takes negative
+dimensions (2^64 - 1 for -1) for noise, and numbers the outputs of a split by the order in which it met their readers.
+What follows is a ZeroDivisionError or TypeError for whole models, or positions that grow without end. ATO maps
+positions itself, from the shapes that autograd holds (see axes.py), so that all of this can be left out.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-from torch import nn
-from torch_pruning.dependency import Group
-
-SECONDS = 30.0
-"""Time that one group may take."""
+import torch_pruning as tp
+from torch_pruning.dependency import index_mapping, shape_infer
 
 
-class UnsettledGroupError(RuntimeError):
-    """torch-pruning's search of a group does not settle."""
+def _nothing(graph: Any) -> None:
+    pass
 
 
-@contextmanager
-def settling(model: nn.Module) -> Iterator[None]:
-    """Within, a group search of torch-pruning that leaves the channels of `model` or takes too long raises.
-
-    The search ends when each operation that it meets is known to the group, so the question whether one is
-    known is where to watch it: positions beyond the longest dimension of any parameter, or more of them
-    than that, belong to no channel.
-
-    Raises:
-        UnsettledGroupError: from within torch-pruning.
-    """
-    longest = max((size for p in model.parameters() for size in p.shape), default=1)
-    deadline = time.monotonic() + SECONDS
-    known = Group.has_pruning_op
-
-    def watched(group: Group, dep: Any, idxs: Any) -> bool:
-        if len(idxs) > longest or max(index.idx for index in idxs) >= longest:
-            raise UnsettledGroupError(f"torch-pruning's indices leave the channels at {dep.target.name}")
-        if time.monotonic() > deadline:
-            raise UnsettledGroupError(f"torch-pruning has not settled after {SECONDS:.0f} s, now at {dep.target.name}")
-        return known(group, dep, idxs)
-
-    Group.has_pruning_op = watched
-    try:
-        yield
-    finally:
-        Group.has_pruning_op = known
+def build_graph(*args: Any, **kwargs: Any) -> tp.DependencyGraph:
+    """DependencyGraph.build_dependency: nodes, edges and pruners, with no index mappings on the edges."""
+    with (
+        mock.patch.object(index_mapping, "update_index_mapping", _nothing),
+        mock.patch.object(shape_infer, "init_shape_information", _nothing),
+    ):
+        return tp.DependencyGraph().build_dependency(*args, verbose=False, **kwargs)

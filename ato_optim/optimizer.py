@@ -14,7 +14,7 @@ from . import checks
 from .budget import least_mask, minimum_widths
 from .compress import Cut, apply_cut, carry_state, check_state, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient
-from .groups import ForwardFn, call
+from .graph import ForwardFn, call
 from .plan import Plan, make_plan
 from .projection import Projection, halfspace, masked_shares, timed
 from .report import Report
@@ -102,10 +102,9 @@ class ATO(torch.optim.Optimizer):
         self.round_to = int(round_to)
         self.schedule = Schedule.over(self.total_steps, tuple(phases), pull_time, interval)
         checks.end(self.schedule.zero, self.total_steps, phases)
-        self.example_inputs, self.forward_fn = example_inputs, forward_fn or call
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
         self.plan: Plan = make_plan(
-            root, example_inputs, self.forward_fn, checks.modules(root, ignored_layers), trained
+            root, example_inputs, forward_fn or call, checks.modules(root, ignored_layers), trained
         )
         self.least = minimum_widths(self.plan.sizes, min_width, self.round_to)
         self.least_flops = self.plan.share(least_mask(self.plan.layer_of_gate, self.least))
@@ -309,7 +308,7 @@ class ATO(torch.optim.Optimizer):
         own = model is None or unwrap(model) is self.model
         if self.target_flops < 1 and self.cut is None:
             checks.zeroed(self.step_count, self.schedule, not own or self._masked_are_zero())
-        cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask, self.example_inputs, self.forward_fn)
+        cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask)
         target = self.model if model is None else unwrap(model)
         if own and inplace:
             if self.cut is None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cost import CostModel, build_cost, count_macs
-from .groups import ForwardFn, Groups, discover
-from .proof import objections
+from .cost import CostModel, build_cost, counted
+from .discovery import Discovery
+from .graph import ForwardFn
+from .groups import Groups, LayerGroup
+from .proof import Trial, runs_in_training
 from .report import Width
 from .unwrap import copy_model
 
@@ -45,21 +47,31 @@ class Plan:
     def count_parameters(self, mask: Tensor) -> int:
         """Entries of all parameters when the gates (gates,) that are False in `mask` are removed."""
         sizes = {name: list(shape) for name, shape in self.shapes.items()}
-        for table in (self.groups.producers, self.groups.consumers):
+        for table in (self.groups.producers, self.groups.consumers, self.groups.followers):
             for name, dim, open_ in zip(table.names, table.dims, table.split(mask), strict=True):
-                sizes[name][dim] = int(open_.sum())
+                if name in sizes:
+                    sizes[name][dim] = int(open_.sum())
         return sum(math.prod(shape) for shape in sizes.values())
+
+    def _channels(self, layer: LayerGroup, mask: Tensor) -> int:
+        """Channels of the root of `layer` that the open gates of `mask` (gates,) bool keep."""
+        gates = self.groups.sides[layer.root, True]
+        own = gates[(gates >= layer.start) & (gates < layer.start + layer.size)]
+        return int(mask.cpu()[own].sum())
 
     def facts(self, mask: Tensor) -> dict[str, Any]:
         """What a Report says of the model and of `mask` (gates,) bool."""
-        layers = self.groups.layers
+        dense = torch.ones_like(mask)
         return {
             "prunable_flops": 1 - self.share(torch.zeros_like(mask)),
             "macs_before": round(self.cost.dense),
             "macs_after": round(self.cost(mask).item()),
-            "parameters_before": self.count_parameters(torch.ones_like(mask)),
+            "parameters_before": self.count_parameters(dense),
             "parameters_after": self.count_parameters(mask),
-            "widths": tuple(Width(layer.layers, layer.size, int(mask[layer.gates].sum())) for layer in layers),
+            "widths": tuple(
+                Width(layer.layers, self._channels(layer, dense), self._channels(layer, mask))
+                for layer in self.groups.layers
+            ),
             "left_out": tuple((entry.layers, entry.reason) for entry in self.groups.left_out),
         }
 
@@ -78,23 +90,23 @@ def make_plan(
     with torch.random.fork_rng():
         copied = copy_model(model)
         try:
-            counts = count_macs(copied, example_inputs, forward_fn)
+            _, counts = counted(copied, example_inputs, forward_fn)
         except Exception as error:
             raise ValueError(
                 f"example_inputs ({_describe(example_inputs)}) are refused by the model: pass what one forward "
                 "takes, or a forward_fn that runs it"
             ) from error
+        trains = runs_in_training(copied, example_inputs, forward_fn)
         twin = dict(zip(model.modules(), copied.modules(), strict=True))
         parameters = dict(zip(model.parameters(), copied.parameters(), strict=True))
         frozen = [there for here, there in parameters.items() if here not in trained]
-        excluded: dict[str, str] = {}
-        while True:
-            groups = discover(copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen, excluded)
-            cost = build_cost(copied, groups, counts)
-            failed = objections(model, groups, cost, example_inputs, forward_fn)
-            if not failed:
-                break
-            excluded |= failed
+        found = Discovery(copied, example_inputs, forward_fn, trains, [twin[layer] for layer in ignored], frozen)
+        trial = Trial(model, example_inputs, forward_fn, trains)
+        groups = found.groups()
+        while failed := trial.failures(groups):
+            found.refuse(failed)
+            groups = found.groups()
+        cost = build_cost(copied, groups, counts)
     layer_of_gate = groups.layer_of_gate()
     return Plan(
         groups.to(device),

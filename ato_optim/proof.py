@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .compress import apply_cut, derive_cut
-from .cost import CostModel, count_macs
-from .groups import ForwardFn, Groups, LayerGroup
+from .cost import build_cost, counted
+from .graph import ForwardFn
+from .groups import Groups, LayerGroup
 from .unwrap import copy_model, tensors_in
 
 TOLERANCE = 1e-4
@@ -65,20 +66,23 @@ def _telling_inputs(example_inputs: Any) -> Any:
     return _pytree.tree_map(draw, example_inputs)
 
 
-def _runs_in_training(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> bool:
-    """Whether the model takes the example inputs in training mode, where some want targets or larger batches."""
+def runs_in_training(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> bool:
+    """Whether `model`, a copy that is changed, takes the inputs in training mode; some want targets too."""
     try:
         with torch.no_grad():
-            forward_fn(copy_model(model).train(), inputs)
+            forward_fn(model.train(), inputs)
     except Exception:
         return False
+    finally:
+        model.eval()
     return True
 
 
 @torch.no_grad()
 def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> None:
     """Set all producer entries of the groups that `mask` (gates,) bool closes to zero, in place."""
-    torch._foreach_mul_(groups.producers.parameters(model), groups.producers.split(mask.float()))
+    parameters = groups.producers.parameters(model)
+    torch._foreach_mul_(parameters, groups.to(parameters[0].device).producers.split(mask.to(parameters[0])))
 
 
 def difference(outputs: Any, others: Any) -> float:
@@ -94,47 +98,58 @@ def difference(outputs: Any, others: Any) -> float:
     return apart / max(largest, 1e-12) if math.isfinite(apart) and math.isfinite(largest) else float("inf")
 
 
-def _objection(
-    model: nn.Module, groups: Groups, mask: Tensor, cost: CostModel, inputs: Any, forward_fn: ForwardFn, trains: bool
-) -> str | None:
-    """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
-    masked, pruned = randomised(model), randomised(model)
-    zero_producers(masked, groups, mask.to(next(model.parameters()).device))
-    try:
-        apply_cut(derive_cut(model, groups, mask, inputs, forward_fn), pruned)
-        with torch.no_grad():
-            tried = _telling_inputs(inputs)
-            apart = difference(forward_fn(masked, tried), forward_fn(pruned, tried))
-    except Exception as error:  # whatever torch-pruning or the cut model raises is a reason to leave the group alone
-        return f"cannot be cut by torch-pruning ({type(error).__name__}: {error})"
-    if not apart <= TOLERANCE:
-        return f"its removal would change the output by {apart:.0e} of the largest value"
-    if count_macs(pruned, inputs, forward_fn)[""] != cost(mask).item():
-        return "its share of the MACs cannot be predicted"
-    if trains and not _runs_in_training(pruned, inputs, forward_fn):
-        return "is read by a layer that runs in training mode only"
-    return None
+class Trial:
+    """Cuts of one randomised copy of a model, compared with the same copy when its producers are zero.
+
+    Args:
+        model: is not touched.
+        trains: whether the model runs on the example inputs in training mode.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool):
+        self.model = randomised(model)
+        self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
+
+    def objection(self, groups: Groups, mask: Tensor) -> str | None:
+        """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
+        pruned = copy_model(self.model)
+        before = [p.clone() for p in groups.producers.parameters(self.model)]
+        zero_producers(self.model, groups, mask)
+        try:
+            expected, counts = counted(self.model, self.inputs, self.forward_fn)
+            predicted = build_cost(self.model, groups, counts)(mask).item()
+            apply_cut(derive_cut(pruned, groups, mask), pruned)
+            found, counts = counted(pruned, self.inputs, self.forward_fn)
+            apart = difference(expected, found)
+        except Exception as error:  # whatever the cut model raises is a reason to leave the group alone
+            return f"cannot be cut ({type(error).__name__}: {_first_line(error)})"
+        finally:
+            torch._foreach_copy_(groups.producers.parameters(self.model), before)
+        if not apart <= TOLERANCE:
+            return f"its removal would change the output by {apart:.0e} of the largest value"
+        if counts[""] != predicted:
+            return "its share of the MACs cannot be predicted"
+        if self.trains and not runs_in_training(pruned, self.inputs, self.forward_fn):
+            return "is read by a layer that runs in training mode only"
+        return None
+
+    def failures(self, groups: Groups) -> dict[str, str]:
+        """Root layers of the groups that fail, with the reason: found by halving."""
+        failed: dict[str, str] = {}
+        stack = [groups.layers] if groups.layers else []
+        while stack:
+            chosen = stack.pop()
+            reasons = (self.objection(groups, mask) for mask in _halves(groups, chosen))
+            reason = next((reason for reason in reasons if reason is not None), None)
+            if reason is None:
+                continue
+            if len(chosen) == 1:
+                failed[chosen[0].root] = reason
+            else:
+                half = len(chosen) // 2
+                stack += [chosen[:half], chosen[half:]]
+        return failed
 
 
-def objections(
-    model: nn.Module, groups: Groups, cost: CostModel, example_inputs: Any, forward_fn: ForwardFn
-) -> dict[str, str]:
-    """Root layers of the groups that fail the trial, with the reason: found by halving. `model` is not touched."""
-    failed: dict[str, str] = {}
-    trains = _runs_in_training(model, example_inputs, forward_fn)
-    stack = [groups.layers] if groups.layers else []
-    while stack:
-        chosen = stack.pop()
-        trials = (
-            _objection(model, groups, mask, cost, example_inputs, forward_fn, trains)
-            for mask in _halves(groups, chosen)
-        )
-        reason = next((reason for reason in trials if reason is not None), None)
-        if reason is None:
-            continue
-        if len(chosen) == 1:
-            failed[chosen[0].root] = reason
-        else:
-            half = len(chosen) // 2
-            stack += [chosen[:half], chosen[half:]]
-    return failed
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

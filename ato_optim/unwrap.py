@@ -26,10 +26,17 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def copy_model(model: Model) -> Model:
-    """A deepcopy of `model`; activations that modules keep as attributes, which torch refuses to copy, are detached."""
+def copy_model(model: Model, device: str | None = None) -> Model:
+    """A deepcopy of `model`, on `device` ("meta" for shapes alone) or where it is.
+
+    Activations that modules keep as attributes, which torch refuses to copy, are detached.
+    """
     kept = (value for module in model.modules() for value in vars(module).values())
-    return copy.deepcopy(model, {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+    memo = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    if device is not None:
+        memo |= {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
+        memo |= {id(b): b.to(device) for b in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from networks import Concat, Flatten, Residual, example
 
 from ato_optim.budget import least_mask, minimum_widths, ranks, solve
-from ato_optim.groups import call
+from ato_optim.graph import call
 from ato_optim.plan import make_plan
 
 PLANS = {

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ato_optim import ATO
 from ato_optim.gating import Masking, gate_gradient
-from ato_optim.groups import call
+from ato_optim.graph import call
 from ato_optim.plan import make_plan
 
 

@@ -1,0 +1,244 @@
+"""Which groups of a model may be pruned, and why the others may not.
+
+What is coupled is read off torch-pruning's graph (see graph.py). Rules leave out what is known to change outputs
+when it goes; the trial (see proof.py) finds the rest.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.dependency import Node
+from torch_pruning.ops import OPTYPE
+
+from .graph import ForwardFn, Touch, Unsafe, Walker, call, grouped, trace
+from .groups import GateTable, Groups, LayerGroup, LeftOut
+
+# Modules that write their rows (dimension 0 unless transposed) and read their columns.
+_READERS = (OPTYPE.CONV, OPTYPE.LINEAR)
+# Per-channel modules whose scale and shift belong to the channel that passes.
+_CHANNELWISE = (OPTYPE.BN, OPTYPE.IN, OPTYPE.DEPTHWISE_CONV)
+_UNSAFE = {
+    OPTYPE.LN: "crosses a LayerNorm, which mixes its channels",
+    OPTYPE.GN: "crosses a GroupNorm, which mixes its channels",
+    OPTYPE.MHA: "runs through nn.MultiheadAttention, which ties its heads to the width around it",
+    OPTYPE.LSTM: "runs through an LSTM",
+    OPTYPE.OUTPUT: "is an output of the model",
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one tensor of the model has to do with a group."""
+
+    kind: str
+    """producers, consumers or followers."""
+    tensor: Tensor
+    dim: int
+    gates: Tensor
+    """(positions,) int64: the gate of each position along `dim`, -1 for none."""
+
+
+def _roles(touch: Touch) -> Iterator[Role]:
+    """The roles of the tensors of what a group touches."""
+    node, module, gates = touch.node, touch.node.module, touch.gates
+    if node.type == OPTYPE.PARAMETER:
+        yield Role("producers", module, node.pruning_dim % module.ndim, gates)
+    elif node.type == OPTYPE.EMBED:
+        yield Role("producers", module.weight, 1, gates)
+    elif node.type in _READERS:
+        transposed = getattr(module, "transposed", False)
+        if not grouped(module):
+            kind = "producers" if touch.writes else "consumers"
+            yield Role(kind, module.weight, int(touch.writes == transposed), gates)
+        elif touch.writes != transposed:  # rows of a grouped convolution hold the weights of one group alone
+            yield Role("producers", module.weight, 0, gates)
+        if touch.writes and module.bias is not None:
+            yield Role("producers", module.bias, 0, gates)
+    elif node.type in _CHANNELWISE:
+        yield from (Role("producers", p, 0, gates) for p in (module.weight, module.bias) if p is not None)
+        yield from (Role("followers", b, 0, gates) for b in module.buffers() if b.ndim)
+    elif node.type == OPTYPE.PRELU and module.num_parameters > 1:
+        yield Role("followers", module.weight, 0, gates)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A group that nothing in the graph speaks against."""
+
+    root: str
+    size: int
+    layers: tuple[str, ...]
+    touches: list[Touch]
+    roles: list[Role]
+
+
+def _written_layers(touches: list[Touch], order: Mapping[nn.Module, str]) -> tuple[str, ...]:
+    """Names of the layers whose output channels are touched, in the model's order."""
+    written = {
+        touch.node.module
+        for touch in touches
+        if touch.writes and touch.node.type in (*_READERS, OPTYPE.DEPTHWISE_CONV) and (touch.gates >= 0).any()
+    }
+    return tuple(name for module, name in order.items() if module in written)
+
+
+def _objection_to(outputs: set[Node], ignored: set[nn.Module]) -> Any:
+    """The reason against channels that come to a node, None for none."""
+
+    def objection(node: Node, writes: bool) -> str | None:
+        module = node.module
+        if node in outputs and writes:
+            return _UNSAFE[OPTYPE.OUTPUT]
+        if node.type in _UNSAFE:
+            return _UNSAFE[node.type]
+        if module in ignored and writes:
+            return "is named in ignored_layers"
+        if node.type in (OPTYPE.BN, OPTYPE.IN) and not module.affine and module.track_running_stats:
+            return "crosses a norm layer without a scale, whose mean shifts zeros"
+        if node.type == OPTYPE.DEPTHWISE_CONV and module.in_channels != module.out_channels:
+            return "is coupled to a convolution that torch-pruning takes for a depthwise one"
+        return None
+
+    return objection
+
+
+def _reason_against(roles: list[Role], names: Mapping[Tensor, str], frozen: set[Tensor]) -> str | None:
+    """Why the tensors of a group must stay as they are, None if nothing speaks against it."""
+    if any(role.tensor not in names for role in roles):
+        return "holds parameters that are computed from others (parametrized)"
+    if any(len(role.gates) != role.tensor.shape[role.dim] for role in roles):
+        return "is broadcast over channels"
+    if any(role.tensor in frozen for role in roles):
+        return "holds parameters that are frozen (requires_grad=False) or not in base_optimizer"
+    if not any(role.kind == "consumers" for role in roles):
+        return "is read by no layer of the model"
+    return None
+
+
+class Discovery:
+    """All groups that one traced model has: candidates, and what is left out and why.
+
+    Args:
+        model: traced once and changed: left in eval mode, all gradients required.
+        training: whether to trace it in training mode, which runs auxiliary heads.
+        ignored_layers, frozen: modules and parameters of `model` whose groups are left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        forward_fn: ForwardFn = call,
+        training: bool = False,
+        ignored_layers: Iterable[nn.Module] = (),
+        frozen: Iterable[Tensor] = (),
+    ):
+        graph, outputs = trace(model, example_inputs, forward_fn, training)
+        model.eval()
+        self.shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._names: dict[Tensor, str] = {t: name for name, t in (*model.named_buffers(), *model.named_parameters())}
+        self._modules = {module: name for name, module in model.named_modules()}
+        self.candidates: list[Candidate] = []
+        self.left_out: dict[str, str] = {}
+        """Root layer -> reason."""
+        ignored = {child for layer in ignored_layers for child in layer.modules()}
+        self._find(Walker(graph, _objection_to(outputs, ignored)), set(frozen))
+        self._refuse_conflicts()
+
+    def _find(self, walker: Walker, frozen: set[Tensor]) -> None:
+        """Walk from every layer whose channels no earlier walk has met."""
+        graph = walker.graph
+        free = {
+            module: torch.ones(graph.get_out_channels(node), dtype=torch.bool)
+            for module, node in graph.module2node.items()
+            if isinstance(module, (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR))
+        }
+        for root in [module for module in self._modules if module in free]:
+            channels = free[root].nonzero().flatten()
+            if not len(channels):
+                continue
+            name = self._modules[root]
+            try:
+                if len(channels) == 1:
+                    raise Unsafe("is one channel wide")
+                size, touches = walker.couple(root, channels)
+                if size == 1:
+                    raise Unsafe("has channels that can only go together")
+                roles = [role for touch in touches for role in _roles(touch)]
+                reason = _reason_against(roles, self._names, frozen)
+                if reason:
+                    raise Unsafe(reason)
+                self.candidates.append(Candidate(name, size, _written_layers(touches, self._modules), touches, roles))
+            except Unsafe as reason:
+                self.left_out[name] = str(reason)
+                continue
+            for touch in touches:
+                if touch.writes and touch.node.module in free:
+                    free[touch.node.module] &= touch.gates < 0
+
+    def _refuse_conflicts(self) -> None:
+        """Leave out groups that claim the same positions of one tensor, or one group that does so differently."""
+        claimed: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        refused: dict[str, str] = {}
+        for k, candidate in enumerate(self.candidates):
+            for role in candidate.roles:
+                name = self._names[role.tensor]
+                nobody = torch.full_like(role.gates, -1)
+                owners, gates = claimed.setdefault((name, role.dim), (nobody, nobody.clone()))
+                mine = role.gates >= 0
+                clash = mine & (owners >= 0) & ((owners != k) | (gates != role.gates))
+                for other in {k, *owners[clash].tolist()} if clash.any() else ():
+                    refused[self.candidates[other].root] = f"shares {name} with layers that are cut differently"
+                owners[mine], gates[mine] = k, role.gates[mine]
+        self.refuse(refused)
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Leave out the groups of these root layers."""
+        self.left_out |= reasons
+        self.candidates = [candidate for candidate in self.candidates if candidate.root not in reasons]
+
+    def groups(self) -> Groups:
+        """The tables of all candidates."""
+        num_gates = sum(candidate.size for candidate in self.candidates)
+        rows: dict[str, dict[tuple[str, int], Tensor]] = {"producers": {}, "consumers": {}, "followers": {}}
+        sides: dict[tuple[str, bool], Tensor] = {}
+        layers = []
+        start = 0
+
+        def fill(table: dict[Any, Tensor], key: Any, gates: Tensor, offset: int) -> None:
+            row = table.setdefault(key, torch.full((len(gates),), num_gates))
+            row[gates >= 0] = gates[gates >= 0] + offset
+
+        for candidate in self.candidates:
+            for role in candidate.roles:
+                fill(rows[role.kind], (self._names[role.tensor], role.dim), role.gates, start)
+            for touch in candidate.touches:
+                if touch.node.module in self._modules:
+                    fill(sides, (self._modules[touch.node.module], touch.writes), touch.gates, start)
+            counts = candidate.touches[0].gates[candidate.touches[0].gates >= 0].bincount()
+            channels = int(counts[0]) if (counts == counts[0]).all() else 0
+            layers.append(LayerGroup(candidate.root, start, candidate.size, channels, candidate.layers))
+            start += candidate.size
+        reasons = defaultdict(list)
+        for name in self._modules.values():
+            if name in self.left_out:
+                reasons[self.left_out[name]].append(name)
+        left_out = [LeftOut(tuple(roots), reason) for reason, roots in reasons.items()]
+        producers, consumers, followers = (self._table(rows[kind]) for kind in rows)
+        return Groups(layers, producers, consumers, followers, sides, left_out)
+
+    def _table(self, rows: dict[tuple[str, int], Tensor]) -> GateTable:
+        return GateTable(
+            [name for name, _ in rows],
+            [dim for _, dim in rows],
+            [len(self.shapes[name]) for name, _ in rows],
+            [len(row) for row in rows.values()],
+            torch.cat(list(rows.values())) if rows else torch.empty(0, dtype=torch.long),
+        )

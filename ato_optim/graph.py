@@ -1,0 +1,240 @@
+"""What is coupled to one layer's channels, read off torch-pruning's dependency graph in one walk.
+
+torch-pruning's own search lists positions one by one and compares each list with all it has met, which takes it
+minutes on dense connections and never ends on some slices. Here a walk carries one array a place: for every
+position of the channels' axis the channel of the root layer that it goes with, or -1. Where two channels meet in
+one position (a sum, a grouped convolution, a slice of the layer itself) they can only go together.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.dependency import Node
+from torch_pruning.ops import OPTYPE
+
+from .axes import MixedError, Move, mover
+from .guard import build_graph
+from .unwrap import tensors_in
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+
+SECONDS = 60.0
+"""Time that the walks of one graph may take together."""
+
+
+class Unsafe(Exception):
+    """Channels have to stay; the message completes "the layer ..."."""
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """`model` on `example_inputs`: a tensor is its argument, a tuple or list its arguments, a dict its keywords."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def trace(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, training: bool
+) -> tuple[tp.DependencyGraph, set[Node]]:
+    """torch-pruning's graph of `model`, in `training` mode or not, and the nodes that write its outputs.
+
+    All floating-point parameters of `model` require gradients afterwards.
+    """
+    outputs: list[Tensor] = []
+
+    def forward(model: nn.Module, inputs: Any) -> list[Tensor]:
+        model.train(training)
+        found = [t for t in tensors_in(forward_fn(model, inputs)) if t.requires_grad]
+        outputs.extend(found)
+        return found
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = build_graph(model, example_inputs, forward_fn=forward)
+    functions = {t.grad_fn for t in outputs}
+    return graph, {node for node in graph.module2node.values() if node.grad_fn in functions}
+
+
+def grouped(module: Any) -> bool:
+    """Whether `module` is a convolution whose channels go group by group."""
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Channels of one module, operation or parameter that go with the root's."""
+
+    node: Node
+    writes: bool
+    """Whether they are its output channels; those of an operation, a norm or a parameter are both."""
+    gates: Tensor
+    """(channels,) int64: the gate of each, -1 for none."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The input or output channels of a node, as torch-pruning tells them apart: by the function that prunes them."""
+
+    node: Node
+    prune: Callable[..., Any]
+
+
+class Walker:
+    """Walks of one `graph`; `objection` gives the reason against channels that come to a node, or None."""
+
+    def __init__(self, graph: tp.DependencyGraph, objection: Callable[[Node, bool], str | None]):
+        self.graph, self.objection = graph, objection
+        self.deadline = time.monotonic() + SECONDS
+        self._edges: dict[Place, list[tuple[Place, list[Move]]]] = {}
+        self._sizes: dict[Place, int | None] = {}
+
+    def couple(self, root: nn.Module, channels: Tensor) -> tuple[int, list[Touch]]:
+        """How many gates the output `channels` (k,) int64 of `root` have, and all that is coupled to them.
+
+        Raises:
+            Unsafe: if they have to stay.
+        """
+        start = self._place(self.graph.module2node[root], writes=True)
+        size = self._size(start)
+        assert size is not None
+        labels = torch.full((size,), -1)
+        labels[channels] = channels
+        seen = {start: labels}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        stack = [start]
+        while stack:
+            place = stack.pop()
+            self._check(place)
+            try:
+                stack += [
+                    other
+                    for other, arriving in self._reached(place, seen[place])
+                    if self._merge(seen, other, arriving, pairs)
+                ]
+            except MixedError as error:
+                raise Unsafe(f"runs through a reshape that mixes its channels ({error})") from None
+        gates = _together(size, pairs)
+        used, gates[channels] = gates[channels].unique(return_inverse=True)
+        return len(used), [
+            Touch(place.node, self._writes(place), torch.where(found < 0, -1, gates[found]))
+            for place, found in seen.items()
+        ]
+
+    def _place(self, node: Node, writes: bool) -> Place:
+        pruner = self.graph.get_pruner_of_module(node.module)
+        return Place(node, pruner.prune_out_channels if writes else pruner.prune_in_channels)
+
+    def _writes(self, place: Place) -> bool:
+        return place.prune == self._place(place.node, writes=True).prune
+
+    def _size(self, place: Place) -> int | None:
+        """How many channels there are, None for an operation."""
+        if place not in self._sizes:
+            count = self.graph.get_out_channels if self._writes(place) else self.graph.get_in_channels
+            self._sizes[place] = None if place.node.type == OPTYPE.OUTPUT else count(place.node)
+        return self._sizes[place]
+
+    def _check(self, place: Place) -> None:
+        if time.monotonic() > self.deadline:
+            raise Unsafe(f"is coupled to more than could be followed in {SECONDS:.0f} s, up to {_name(place.node)}")
+        reason = self.objection(place.node, self._writes(place))
+        if reason:
+            raise Unsafe(reason)
+
+    def _reached(self, place: Place, labels: Tensor) -> Iterator[tuple[Place, Tensor]]:
+        """The places next to `place`, and the labels that come there."""
+        node = place.node
+        if grouped(node.module):
+            whole = labels.view(node.module.groups, -1).amax(1)
+            for writes in (True, False):
+                there = self._place(node, writes)
+                size = self._size(there)
+                assert size is not None
+                yield there, whole.repeat_interleave(size // len(whole))
+        if place not in self._edges:
+            self._edges[place] = [
+                (Place(dep.target, dep.handler), _moves(node, k))
+                for k, dep in enumerate(node.dependencies)
+                if dep.is_triggered_by(place.prune)
+            ]
+        for other, moves in self._edges[place]:
+            arriving = labels
+            for move in moves:
+                arriving = move(arriving)
+            yield other, arriving
+
+    def _merge(
+        self, seen: dict[Place, Tensor], place: Place, labels: Tensor, pairs: list[tuple[Tensor, Tensor]]
+    ) -> bool:
+        """Whether `labels` (positions,) or (positions, several) are news to `place`; pairs that meet are noted."""
+        several = labels.view(len(labels), -1)
+        labels = several.amax(1)
+        size = self._size(place)
+        if size == 1 < len(labels) or not (labels >= 0).any():  # broadcast: the one channel does not carry the others
+            return False
+        if size not in (None, len(labels)):
+            raise Unsafe(f"has {len(labels)} channels where {_name(place.node)} has {size}")
+        known = seen.get(place)
+        if known is not None and len(known) != len(labels):
+            raise Unsafe(f"is read as {len(known)} and as {len(labels)} channels at {_name(place.node)}")
+        columns = [*several.unbind(1), *([] if known is None else [known])]
+        for column in columns:
+            meet = (column >= 0) & (labels >= 0) & (column != labels)
+            if meet.any():
+                pairs.append((column[meet], labels[meet]))
+        merged = labels if known is None else torch.where(known < 0, labels, known)
+        seen[place] = merged
+        return known is None or not torch.equal(merged, known)
+
+
+def _name(node: Node) -> str:
+    """The module's or parameter's name in the model, or the operation's in autograd."""
+    return str(node._name or getattr(node.grad_fn, "name", lambda: node.name)())
+
+
+def _moves(node: Node, k: int) -> list[Move]:
+    """What happens to labels at `node` on their way over its edge number `k`: edges to its inputs come first."""
+    forward = k >= len(node.inputs)
+    neighbours = node.outputs[: k - len(node.inputs) + 1] if forward else node.inputs[: k + 1]
+    source, reader = (node, neighbours[-1]) if forward else (neighbours[-1], node)
+    # Several edges between the same two follow each other in the order in which autograd holds them.
+    twins = sum(other is neighbours[-1] for other in neighbours[:-1])
+    functions = getattr(reader.grad_fn, "next_functions", ())
+    same = [(argument, output) for argument, (fn, output) in enumerate(functions) if fn is source.grad_fn]
+    argument, output = same[twins] if twins < len(same) else (0, 0)
+    moves = []
+    if source.type == OPTYPE.SPLIT:
+        moves.append(mover(source.type, source.grad_fn, output, forward))
+    if reader.type in (OPTYPE.CONCAT, OPTYPE.SLICE, OPTYPE.RESHAPE):
+        moves.append(mover(reader.type, reader.grad_fn, argument, forward))
+    if reader.type == OPTYPE.IN and hasattr(reader.grad_fn, "_saved_self_sym_sizes"):
+        # torch folds the batch into the channels of an instance norm, and back at its end.
+        moves.append(mover(OPTYPE.RESHAPE, reader.grad_fn, argument, forward))
+    return moves if forward else moves[::-1]
+
+
+def _together(size: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(size,) int64: for each channel the least of those that `pairs` tie it to, directly or through others."""
+    least = torch.arange(size)
+    if not pairs:
+        return least
+    one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
+    while True:
+        before = least.clone()
+        least.scatter_reduce_(0, one, before[other], "amin")
+        least.scatter_reduce_(0, other, before[one], "amin")
+        least = least[least]
+        if torch.equal(least, before):
+            return least
