@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .graph import grouped
 from .groups import Groups
-from .unwrap import copy_model
+from .unwrap import skeleton
 
 PLAIN = (bool, int, float, str, type(None))
 CUT = "ato_cut"
@@ -120,11 +120,11 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
     groups, mask = groups.to(torch.device("cpu")), mask.cpu()
     shapes, modules = describe(model)
     kept = _kept(model, groups, mask)
-    skeleton = copy_model(model, device="meta")
-    before = _plain_attributes(skeleton)
-    _prune(skeleton, groups, mask)
+    bare = skeleton(model)
+    before = _plain_attributes(bare)
+    _prune(bare, groups, mask)
     pruned = {name for name, _ in groups.sides}
-    for name, tensor in tensors(skeleton).items():
+    for name, tensor in tensors(bare).items():
         if name.rpartition(".")[0] not in pruned:
             continue
         shape = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shapes[name])]
@@ -132,7 +132,7 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
             raise RuntimeError(f"torch-pruning leaves {name} in shape {list(tensor.shape)}, expected {shape}")
     attributes = {
         name: {key: value for key, value in values.items() if value != before[name].get(key)}
-        for name, values in _plain_attributes(skeleton).items()
+        for name, values in _plain_attributes(bare).items()
     }
     return Cut(kept, {name: values for name, values in attributes.items() if values}, shapes, modules)
 

@@ -102,6 +102,8 @@ def _objection_to(outputs: set[Node], ignored: set[nn.Module]) -> Any:
             return "is named in ignored_layers"
         if node.type in (OPTYPE.BN, OPTYPE.IN) and not module.affine and module.track_running_stats:
             return "crosses a norm layer without a scale, whose mean shifts zeros"
+        if not node.inputs and (node.type in _CHANNELWISE or grouped(module)):
+            return "goes channel by channel with an input of the model"
         if node.type == OPTYPE.DEPTHWISE_CONV and module.in_channels != module.out_channels:
             return "is coupled to a convolution that torch-pruning takes for a depthwise one"
         return None

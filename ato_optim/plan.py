@@ -101,7 +101,7 @@ def make_plan(
         parameters = dict(zip(model.parameters(), copied.parameters(), strict=True))
         frozen = [there for here, there in parameters.items() if here not in trained]
         found = Discovery(copied, example_inputs, forward_fn, trains, [twin[layer] for layer in ignored], frozen)
-        trial = Trial(model, example_inputs, forward_fn, trains)
+        trial = Trial(copied, example_inputs, forward_fn, trains)
         groups = found.groups()
         while failed := trial.failures(groups):
             found.refuse(failed)

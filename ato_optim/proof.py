@@ -14,41 +14,43 @@ from .compress import apply_cut, derive_cut
 from .cost import build_cost, counted
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .unwrap import copy_model, tensors_in
+from .unwrap import sharing_copy, tensors_in
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output."""
 
 
 @torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
-    """A copy in eval mode without the zeros of a fresh network (biases, means), which would hide what is not exact."""
-    copied = copy_model(model).eval()
+def randomise(model: nn.Module) -> None:
+    """Put `model` in eval mode, without the zeros of a fresh network (biases, means): they hide what is not exact."""
+    model.eval()
     generator = torch.Generator().manual_seed(0)
 
     def noise(tensor: Tensor) -> Tensor:
         return torch.rand(tensor.shape, generator=generator).to(tensor)
 
-    for parameter in copied.parameters():
+    for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.add_(noise(parameter), alpha=0.5)
-    for name, buffer in copied.named_buffers():
+    for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             buffer.add_(noise(buffer), alpha=0.5)
-    return copied
 
 
-def _halves(groups: Groups, chosen: Sequence[LayerGroup]) -> list[Tensor]:
-    """Two masks (gates,) bool that close a random half of the gates of the `chosen` each, and between them all.
+def _thirds(groups: Groups, chosen: Sequence[LayerGroup]) -> list[Tensor]:
+    """Three masks (gates,) bool that close a third of the gates of the `chosen` each, and between them all.
 
-    What a network does may hang on one channel (a slice, say), so that every gate must be closed once.
+    What a network does may hang on one channel (a slice, say), so that every gate must be closed once. The first
+    gates go together, the others at random: what halves its channels by counting them would pass if every part lost
+    its share.
     """
-    masks = [torch.ones(groups.num_gates, dtype=torch.bool) for _ in range(2)]
+    masks = [torch.ones(groups.num_gates, dtype=torch.bool) for _ in range(3)]
     generator = torch.Generator().manual_seed(1)
     for layer in chosen:
-        order = torch.randperm(layer.size, generator=generator)
-        for mask, closed in zip(masks, order.tensor_split(2), strict=True):
-            mask[layer.start + closed[: layer.size - 1]] = False
+        first = max(1, layer.size // 3)
+        others = first + torch.randperm(layer.size - first, generator=generator)
+        for mask, closed in zip(masks, (torch.arange(first), *others.tensor_split(2)), strict=True):
+            mask[layer.start + closed] = False
     return masks
 
 
@@ -102,17 +104,18 @@ class Trial:
     """Cuts of one randomised copy of a model, compared with the same copy when its producers are zero.
 
     Args:
-        model: is not touched.
+        model: a copy, which is changed.
         trains: whether the model runs on the example inputs in training mode.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool):
-        self.model = randomised(model)
+        randomise(model)
+        self.model = model
         self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
 
     def objection(self, groups: Groups, mask: Tensor) -> str | None:
         """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
-        pruned = copy_model(self.model)
+        pruned = sharing_copy(self.model)
         before = [p.clone() for p in groups.producers.parameters(self.model)]
         zero_producers(self.model, groups, mask)
         try:
@@ -139,7 +142,7 @@ class Trial:
         stack = [groups.layers] if groups.layers else []
         while stack:
             chosen = stack.pop()
-            reasons = (self.objection(groups, mask) for mask in _halves(groups, chosen))
+            reasons = (self.objection(groups, mask) for mask in _thirds(groups, chosen))
             reason = next((reason for reason in reasons if reason is not None), None)
             if reason is None:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -26,17 +26,30 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def copy_model(model: Model, device: str | None = None) -> Model:
-    """A deepcopy of `model`, on `device` ("meta" for shapes alone) or where it is.
+def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) -> Model:
+    """A deepcopy of `model`, in which every parameter and buffer is what `convert` makes of it, default: a clone.
 
     Activations that modules keep as attributes, which torch refuses to copy, are detached.
     """
     kept = (value for module in model.modules() for value in vars(module).values())
-    memo = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
-    if device is not None:
-        memo |= {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
-        memo |= {id(b): b.to(device) for b in model.buffers()}
+    memo: dict[int, Tensor] = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    if convert is not None:
+        for parameter in model.parameters():
+            converted = convert(parameter)
+            same = converted is parameter
+            memo[id(parameter)] = parameter if same else nn.Parameter(converted.detach(), parameter.requires_grad)
+        memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
     return copy.deepcopy(model, memo)
+
+
+def skeleton(model: Model) -> Model:
+    """A copy of `model` without data, on the meta device."""
+    return copy_model(model, lambda tensor: tensor.to("meta"))
+
+
+def sharing_copy(model: Model) -> Model:
+    """A copy of `model` that shares its parameters and has buffers of its own."""
+    return copy_model(model, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.clone())
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

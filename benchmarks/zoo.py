@@ -187,7 +187,7 @@ def main() -> None:
     facts = {
         "command": "python benchmarks/zoo.py",
         "machine": platform.machine(),
-        "versions": {package: version(package) for package in ("torch", "torchvision", "torch-pruning", "ato_optim")},
+        "versions": {package: version(package) for package in ("torch", "torchvision", "torch-pruning")},
     }
     with ThreadPoolExecutor(args.jobs) as pool:
         for result in pool.map(lambda name: in_process(name, args.limit), names):

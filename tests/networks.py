@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ato_optim.proof import randomise
+
 
 class Block(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, groups: int = 1, stride: int = 1):
@@ -96,3 +98,9 @@ def batches(steps: int, batch: int = 8):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         yield torch.randn(batch, 3, 16, 16, generator=generator), torch.randint(5, (batch,), generator=generator)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """`model` in eval mode, without the zeros of a fresh one."""
+    randomise(model)
+    return model
