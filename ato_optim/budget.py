@@ -8,10 +8,10 @@ from torch import Tensor
 from .cost import CostModel
 
 
-def minimum_widths(sizes: Tensor, min_width: float, round_to: int) -> Tensor:
+def minimum_widths(sizes: Tensor, min_width: float, lots: Tensor | int) -> Tensor:
     """Fewest gates (layers,) int64 that each layer group keeps: a share of its size, at least one, rounded up."""
     least = (sizes * min_width).ceil().long().clamp_min(1)
-    return torch.minimum((least + round_to - 1) // round_to * round_to, sizes)
+    return torch.minimum((least + lots - 1) // lots * lots, sizes)
 
 
 def ranks(scores: Tensor, layer_of_gate: Tensor) -> Tensor:
@@ -37,17 +37,17 @@ def least_mask(layer_of_gate: Tensor, least: Tensor) -> Tensor:
 
 
 def solve(
-    scores: Tensor, layer_of_gate: Tensor, cost: CostModel, target: float, least: Tensor, round_to: int = 1
+    scores: Tensor, layer_of_gate: Tensor, cost: CostModel, target: float, least: Tensor, lots: Tensor | int = 1
 ) -> Tensor:
     """The mask (gates,) bool of highest scores whose MACs are at most `target` of the dense ones.
 
-    Gates of a layer group are opened in order of score, `round_to` at a time (the last lot of a group may be
+    Gates of a layer group are opened in order of score, `lots` (layers,) at a time (the last lot of a group may be
     smaller), beyond the minimum widths `least` (layers,). First the longest prefix of all lots, sorted by
     mean score, that fits; then whatever further lot fits, best first: no lot fits into what is left.
     """
     num_gates, num_layers = len(scores), int(layer_of_gate.max()) + 1
     rank = ranks(scores, layer_of_gate)
-    lot_in_layer = rank // round_to
+    lot_in_layer = rank // torch.as_tensor(lots, device=scores.device).expand(num_layers)[layer_of_gate]
     most = int(lot_in_layer.max()) + 1
     # Lots numbered layer by layer in order of rank, so that a stable sort keeps that order among ties.
     _, lot = torch.unique(layer_of_gate * most + lot_in_layer, return_inverse=True)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .plan import Plan
 from .projection import Projection
@@ -29,8 +30,29 @@ def base_and_model(base: Any, model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is trained")
     root = unwrap(model)
+    tractable(root)
     _parameters(base, root)
     return root
+
+
+def tractable(model: nn.Module) -> None:
+    """The model is made of plain modules, on one device, whose shapes are known."""
+    devices: dict[torch.device, str] = {}
+    for name, module in model.named_modules():
+        where = f"model's module '{name}' ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{where} is compiled by torch.jit and cannot be cut: pass the module it was made from")
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise TypeError(f"{where} is quantized: prune the float model, quantize what compress() returns")
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
+            raise ValueError(f"{where} is lazy: run one forward before building the optimizers")
+        for parameter in module.parameters(recurse=False):
+            devices.setdefault(parameter.device, name)
+    if len(devices) > 1 or torch.device("meta") in devices:
+        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"model has parameters that do not share one real device ({found}): move it before, model.to(...)"
+        )
 
 
 def unowned(model: nn.Module, owner: Any) -> None:

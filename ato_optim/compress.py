@@ -184,9 +184,13 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
             raise ValueError(f"{name} is shared by layers that are cut differently: name them in ignored_layers")
     done: dict[int, Tensor] = {}
     replaced: dict[nn.Parameter, nn.Parameter] = {}
+    seen: set[tuple[nn.Module, str]] = set()
     for name, dims in cut.kept.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
+        if (owner, leaf) in seen:  # a module under two names
+            continue
+        seen.add((owner, leaf))
         old = getattr(owner, leaf)
         if id(old) not in done:
             new: Tensor = select(old.detach(), dims)

@@ -42,7 +42,7 @@ def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call)
                 counts[names[module]] += counter.get_total_flops() // 2
 
             for module in names:
-                if _has_width(module):
+                if has_width(module):
                     handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
             outputs = forward_fn(model.eval(), example_inputs)
     finally:
@@ -60,7 +60,8 @@ def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = ca
     return counted(model, example_inputs, forward_fn)[1][""]
 
 
-def _has_width(module: nn.Module) -> bool:
+def has_width(module: nn.Module) -> bool:
+    """Whether `module` is a convolution or linear layer, whose MACs the gates change."""
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
@@ -130,7 +131,7 @@ def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> Cost
     slots: tuple[dict[tuple[str, int], int], dict[tuple[str, int], int]] = ({}, {})
     rest = counts[""]
     for name, module in model.named_modules():
-        if not _has_width(module) or not counts.get(name):
+        if not has_width(module) or not counts.get(name):
             continue
         # What a group of a grouped convolution costs is the same whatever is removed: its rows alone count.
         rows_alone = grouped(module)

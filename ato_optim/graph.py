@@ -26,7 +26,7 @@ from .unwrap import tensors_in
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
-SECONDS = 60.0
+SECONDS = 30.0
 """Time that the walks of one graph may take together."""
 
 
@@ -63,6 +63,11 @@ def trace(
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = build_graph(model, example_inputs, forward_fn=forward)
+    if not outputs:
+        raise ValueError(
+            f"model ({type(model).__name__}) gives no output with a gradient for example_inputs, so that its layers "
+            "cannot be traced: pass a forward_fn that runs it without torch.no_grad() and detach()"
+        )
     functions = {t.grad_fn for t in outputs}
     return graph, {node for node in graph.module2node.values() if node.grad_fn in functions}
 

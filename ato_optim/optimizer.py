@@ -106,7 +106,7 @@ class ATO(torch.optim.Optimizer):
         self.plan: Plan = make_plan(
             root, example_inputs, forward_fn or call, checks.modules(root, ignored_layers), trained
         )
-        self.least = minimum_widths(self.plan.sizes, min_width, self.round_to)
+        self.least = minimum_widths(self.plan.sizes, min_width, self.plan.lots(self.round_to))
         self.least_flops = self.plan.share(least_mask(self.plan.layer_of_gate, self.least))
         """The least budget that the model can reach with min_width and round_to."""
         checks.budget(self.target_flops, self.plan, self.least_flops)
@@ -275,7 +275,7 @@ class ATO(torch.optim.Optimizer):
     def _commit(self, search: Search, step: int) -> None:
         """Fix the mask."""
         checks.learned(self.last_turn, self.schedule)
-        self.mask = search.settle(self.round_to)
+        self.mask = search.settle(self.plan.lots(self.round_to))
         self._note_share(step)
         self._detach()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .compress import apply_cut, derive_cut
-from .cost import build_cost, counted
+from .cost import build_cost, counted, has_width
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
 from .unwrap import sharing_copy, tensors_in
@@ -54,18 +55,23 @@ def _thirds(groups: Groups, chosen: Sequence[LayerGroup]) -> list[Tensor]:
     return masks
 
 
-def _telling_inputs(example_inputs: Any) -> Any:
-    """The example inputs, constant floating-point tensors among them drawn anew: zeros would hide what is not exact."""
-    generator = torch.Generator().manual_seed(2)
+def _redrawn(example_inputs: Any, seed: int) -> Any:
+    """The example inputs with floating-point tensors drawn anew, positive and negative."""
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        if leaf.isfinite().all() and leaf.min() < leaf.max():
-            return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
+        return (torch.randn(leaf.shape, generator=generator) + (-1) ** seed).to(leaf)
 
     return _pytree.tree_map(draw, example_inputs)
+
+
+def _telling_inputs(example_inputs: Any) -> Any:
+    """The example inputs, drawn anew if a floating-point tensor is constant: zeros would hide what is not exact."""
+    floats = [t for t in _pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    telling = all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats)
+    return example_inputs if telling else _redrawn(example_inputs, 2)
 
 
 def runs_in_training(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> bool:
@@ -81,10 +87,41 @@ def runs_in_training(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> bo
 
 
 @torch.no_grad()
-def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> None:
-    """Set all producer entries of the groups that `mask` (gates,) bool closes to zero, in place."""
-    parameters = groups.producers.parameters(model)
-    torch._foreach_mul_(parameters, groups.to(parameters[0].device).producers.split(mask.to(parameters[0])))
+def wandering_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> str | None:
+    """Name of a layer with a width that `model`, in eval mode, calls for some inputs only; None if there is none.
+
+    What was traced would not hold for a forward that depends on data.
+    """
+    layers = {module: name for name, module in model.named_modules() if has_width(module)}
+    called: list[set[str]] = []
+    handles = [m.register_forward_pre_hook(lambda m, _: called[-1].add(layers[m])) for m in layers]
+    try:
+        for inputs in (example_inputs, *(_redrawn(example_inputs, seed) for seed in range(3))):
+            called.append(set())
+            forward_fn(model.eval(), inputs)
+    except Exception:  # values that the model refuses tell nothing about its layers
+        called.pop()
+    finally:
+        for handle in handles:
+            handle.remove()
+    always, ever = set(layers.values()).intersection(*called), set[str]().union(*called)
+    return min(ever - always, default=None)
+
+
+@torch.no_grad()
+def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> Callable[[], None]:
+    """Set all producer entries of the groups that `mask` (gates,) bool closes to zero; returns what undoes it."""
+    table, undo = groups.producers.to(torch.device("cpu")), []
+    for parameter, dim, open_ in zip(table.parameters(model), table.dims, table.split(mask.cpu()), strict=True):
+        closed = (~open_.flatten()).nonzero().flatten().to(parameter.device)
+        undo.append(partial(parameter.index_copy_, dim, closed, parameter.index_select(dim, closed)))
+        parameter.index_fill_(dim, closed, 0)
+
+    def restore() -> None:
+        for put_back in reversed(undo):
+            put_back()
+
+    return restore
 
 
 def difference(outputs: Any, others: Any) -> float:
@@ -116,8 +153,7 @@ class Trial:
     def objection(self, groups: Groups, mask: Tensor) -> str | None:
         """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
         pruned = sharing_copy(self.model)
-        before = [p.clone() for p in groups.producers.parameters(self.model)]
-        zero_producers(self.model, groups, mask)
+        restore = zero_producers(self.model, groups, mask)
         try:
             expected, counts = counted(self.model, self.inputs, self.forward_fn)
             predicted = build_cost(self.model, groups, counts)(mask).item()
@@ -125,9 +161,9 @@ class Trial:
             found, counts = counted(pruned, self.inputs, self.forward_fn)
             apart = difference(expected, found)
         except Exception as error:  # whatever the cut model raises is a reason to leave the group alone
-            return f"cannot be cut ({type(error).__name__}: {_first_line(error)})"
+            return f"cannot go: the forward fails without it ({type(error).__name__}: {_first_line(error)})"
         finally:
-            torch._foreach_copy_(groups.producers.parameters(self.model), before)
+            restore()
         if not apart <= TOLERANCE:
             return f"its removal would change the output by {apart:.0e} of the largest value"
         if counts[""] != predicted:

@@ -56,10 +56,10 @@ class Search:
         return keep_minimum(logits >= 0, logits, self.plan.layer_of_gate, self.least)
 
     @torch.no_grad()
-    def settle(self, round_to: int) -> Tensor:
-        """The mask (gates,) bool within the budget that opens the controller's best gates."""
+    def settle(self, lots: Tensor) -> Tensor:
+        """The mask (gates,) bool within the budget that opens the controller's best gates, in lots (layers,)."""
         logits = self.controller()
-        return solve(logits, self.plan.layer_of_gate, self.plan.cost, self.target, self.least, round_to)
+        return solve(logits, self.plan.layer_of_gate, self.plan.cost, self.target, self.least, lots)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the controller's weights and of its optimizer's state."""

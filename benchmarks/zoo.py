@@ -186,6 +186,7 @@ def main() -> None:
     names = [name for name in torchvision.models.list_models() if re.search(args.only, name) and name not in known]
     facts = {
         "command": "python benchmarks/zoo.py",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "machine": platform.machine(),
         "versions": {package: version(package) for package in ("torch", "torchvision", "torch-pruning")},
     }

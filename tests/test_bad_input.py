@@ -189,3 +189,70 @@ def test_checkpoints_of_others():
     state["ato"]["version"] = 0
     with pytest.raises(ValueError, match="version 0"):
         optimizer.load_state_dict(state)
+
+
+class Routed(torch.nn.Module):
+    """Takes another layer for some inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 1), torch.nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return (self.one if x.mean() > 0 else self.two)(self.stem(x).relu())
+
+
+class Detached(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x)).detach()
+
+
+class Lazy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.LazyConv2d(8, 1), torch.nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def scattered():
+    model = Routed()
+    model.two.to("meta")
+    return model
+
+
+def quantized():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.ao.nn.quantized.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Routed, "'(one|two)' for some inputs only.*forward_fn"),
+        (Detached, "no output with a gradient.*forward_fn"),
+        (Lazy, "'a' .LazyConv2d. is lazy: run one forward"),
+        (scattered, "stem on cpu, two on meta"),
+        (quantized, "'1' .Linear. is quantized"),
+        (lambda: torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1))), "torch.jit"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_cannot_be_followed_are_refused_by_module(model, message):
+    model = model()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ATO(base, model, torch.randn(2, 3, 16, 16), target_flops=0.5, total_steps=10)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_time_in_the_graph_is_limited(monkeypatch):
+    monkeypatch.setattr("ato_optim.graph.SECONDS", 0.0)
+    model = Residual()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"could be followed in 0 s, up to \w+"):
+        ATO(base, model, torch.randn(2, 3, 16, 16), target_flops=0.5, total_steps=10)

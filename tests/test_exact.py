@@ -216,3 +216,109 @@ def test_planning_touches_neither_model_nor_random_state():
     assert torch.equal(state, torch.get_rng_state())
     assert model.training and all(m.training for m in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Cardinality(torch.nn.Module):
+    """A bottleneck with a grouped convolution, and one that doubles its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 16, 1), torch.nn.Conv2d(16, 16, 3, 1, 1, groups=4)
+        self.c, self.up = torch.nn.Conv2d(16, 12, 1), torch.nn.Conv2d(12, 24, 3, 1, 1, groups=12)
+        self.back = torch.nn.ConvTranspose2d(24, 36, 3, 1, 1, groups=6)
+        self.d = torch.nn.Conv2d(36, 5, 1)
+
+    def forward(self, x):
+        x = self.c(self.b(self.a(x).relu()).relu()).relu()
+        return self.d(self.back(self.up(x).relu()).relu()).mean((2, 3))
+
+
+def test_groups_of_a_convolution_go_whole():
+    model = randomised(Cardinality())
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    sizes = {layer.root: (layer.size, layer.channels) for layer in plan.groups.layers}
+    assert sizes == {"a": (4, 4), "c": (6, 2)}
+    mask = torch.tensor([1, 0, 1, 0, 0, 1, 1, 1, 0, 1]).bool()
+    small = copy.deepcopy(model)
+    apply_cut(derive_cut(model, plan.groups, mask), small)
+    assert (small.b.groups, small.b.in_channels, small.b.out_channels) == (2, 8, 8)
+    assert (small.up.groups, small.up.in_channels, small.up.out_channels) == (8, 8, 16)
+    assert (small.back.groups, small.back.in_channels, small.back.out_channels) == (4, 16, 24)
+    zero_producers(model, plan.groups, mask)
+    with torch.no_grad():
+        assert difference(model(example()), small(example())) < 1e-5
+    assert count_macs(small, example()) == plan.cost(mask).item()
+    assert [(w.before, w.after) for w in plan.facts(mask)["widths"]] == [(16, 8), (12, 8)]
+    assert plan.lots(8).tolist() == [2, 4]
+
+
+class Attends(torch.nn.Module):
+    """A transformer block: its MLP can go, its heads and stream cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.position = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Parameter(torch.randn(1, 16, 8))
+        self.norm1, self.norm2 = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.GELU(), torch.nn.Linear(24, 8))
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).mT + self.position
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head((x + self.mlp(self.norm2(x))).mean(1))
+
+
+def test_a_transformer_loses_its_hidden_widths_alone():
+    model = Attends()
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert [layer.root for layer in plan.groups.layers] == ["mlp.0"]
+    reasons = {layer: entry.reason for entry in plan.groups.left_out for layer in entry.layers}
+    assert "LayerNorm" in reasons["patch"] or "MultiheadAttention" in reasons["patch"]
+
+
+class Aliased(torch.nn.Module):
+    """One module under two names, as in networks that keep their blocks in a list as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1), torch.nn.Linear(8, 4))
+        self.blocks = torch.nn.ModuleList([self.a, self.b])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.c(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Aliased])
+def test_modules_with_two_names_are_cut_once(network):
+    model = randomised(network())
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    mask = random_mask(plan.groups, 0)
+    small = copy.deepcopy(model)
+    apply_cut(derive_cut(model, plan.groups, mask), small)
+    assert small.blocks[0] is small.a
+    assert count_macs(small, example()) == plan.cost(mask).item()
+    zero_producers(model, plan.groups, mask)
+    with torch.no_grad():
+        assert difference(model(example()), small(example())) < 1e-5
+
+
+class Halves(torch.nn.Module):
+    """Counts its channels to halve them: a trial that takes as many from both halves would not notice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(2, 5, 1)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.b(x[:, x.shape[1] // 2 :])
+
+
+def test_a_slice_by_the_number_of_channels_is_left_alone():
+    model = Halves()
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert not plan.groups.layers
