@@ -71,7 +71,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "round_to": (lambda v: v >= 1 and v == int(v), "a whole number from 1: widths are multiples of it, 8 say"),
     "pull_time": (lambda v: v > 0, "above 0: it is a share of the run, 0.1 say"),
     "epsilon": (lambda v: 0 <= v < 1, "in [0, 1): 0.1 say"),
-    "controller_lr": (lambda v: v > 0, "above 0: 3e-3 say"),
+    "controller_lr": (lambda v: v > 0, "above 0, 1e-3 say, or None"),
     "controller_weight_decay": (lambda v: v >= 0, "at least 0: 1e-2 say"),
     "seed": (lambda v: v == int(v), "a whole number"),
     "interval": (lambda v: v >= 1 and v == int(v), "a whole number of steps from 1, or None"),
@@ -80,11 +80,11 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def arguments(
-    phases: Any, projection: Any, penalty: Any, interval: int | None, forward_fn: Any, **numbers: Any
+    phases: Any, projection: Any, penalty: Any, interval: Any, controller_lr: Any, forward_fn: Any, **numbers: Any
 ) -> None:
     """All arguments of ATO but the model's."""
-    if interval is not None:
-        numbers["interval"] = interval
+    optional = {"interval": interval, "controller_lr": controller_lr}
+    numbers |= {name: value for name, value in optional.items() if value is not None}
     for name, value in numbers.items():
         fits, meaning = _RANGES[name]
         if not isinstance(value, Real) or isinstance(value, bool):
@@ -94,7 +94,7 @@ def arguments(
     if not _reals(phases, 4) or not 0 <= phases[0] <= phases[1] <= phases[2] <= phases[3] <= 1:
         raise ValueError(
             f"phases={phases}: pass four rising shares of the run at which search, pull, commit and the exact zeros "
-            "begin, (0.1, 0.2, 0.5, 0.6) say"
+            "begin, (0.1, 0.4, 0.5, 0.6) say"
         )
     if projection not in get_args(Projection):
         raise ValueError(f"projection={projection!r}: pass one of {', '.join(map(repr, get_args(Projection)))}")

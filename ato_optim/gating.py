@@ -54,6 +54,15 @@ class Masking:
         self._weights, self._buffers = None, []
         torch.clear_autocast_cache()
 
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Turn the gradients in the masked columns into those of the masked loss: dL/dW = w . dL/dW'."""
+        pairs = zip(self.table.names, self.table.split(self.gates), strict=True)
+        for name, gates in pairs:
+            gradient = self.model.get_parameter(name).grad
+            if gradient is not None:
+                gradient.mul_(gates)
+
 
 @torch.no_grad()
 def gate_gradient(model: nn.Module, table: GateTable, num_gates: int) -> Tensor:

@@ -55,9 +55,10 @@ class ATO(torch.optim.Optimizer):
             the commit phase.
         epsilon: for "halfspace": in [0, 1), how early a shrinking group is set to zero.
         phases: shares of the run at which search, pull, commit and the exact zeros begin.
-        interval: steps between controller turns; default: such that there are about 500, from 3 to 20 steps.
+        interval: steps between controller turns; default: such that there are about 500, from 2 to 20 steps.
         gamma: weight of the budget in the controller's loss.
-        controller_lr, controller_weight_decay: of the controller's AdamW.
+        controller_lr: of the controller's AdamW; default: 0.5 over the number of its turns.
+        controller_weight_decay: likewise of the controller's AdamW.
         seed: of the controller's weights and noise; the same on every rank.
 
     Raises:
@@ -81,19 +82,19 @@ class ATO(torch.optim.Optimizer):
         pull_time: float = 0.1,
         penalty: tuple[float, float] = (10.0, 1000.0),
         epsilon: float = 0.1,
-        phases: Sequence[float] = (0.1, 0.2, 0.5, 0.6),
+        phases: Sequence[float] = (0.1, 0.4, 0.5, 0.6),
         interval: int | None = None,
         gamma: float = 8.0,
-        controller_lr: float = 3e-3,
+        controller_lr: float | None = None,
         controller_weight_decay: float = 1e-2,
         seed: int = 0,
     ):
         root = checks.base_and_model(base_optimizer, model)
         checks.unowned(root, _OWNERS.get(root, lambda: None)())
         checks.arguments(
-            phases, projection, penalty, interval, forward_fn, target_flops=target_flops, total_steps=total_steps,
-            min_width=min_width, round_to=round_to, pull_time=pull_time, epsilon=epsilon, gamma=gamma,
-            controller_lr=controller_lr, controller_weight_decay=controller_weight_decay, seed=seed,
+            phases, projection, penalty, interval, controller_lr, forward_fn, target_flops=target_flops,
+            total_steps=total_steps, min_width=min_width, round_to=round_to, pull_time=pull_time, epsilon=epsilon,
+            gamma=gamma, controller_weight_decay=controller_weight_decay, seed=seed,
         )  # fmt: skip
         self.base = base_optimizer
         self.model = root
@@ -113,8 +114,9 @@ class ATO(torch.optim.Optimizer):
         self.mask = torch.ones(self.plan.groups.num_gates, dtype=torch.bool, device=self.plan.device)
         self.search: Search | None = None
         if self.target_flops < 1:
+            lr = controller_lr or self.schedule.controller_lr
             self.search = Search(
-                self.plan, self.least, self.target_flops, gamma, controller_lr, controller_weight_decay, int(seed)
+                self.plan, self.least, self.target_flops, gamma, lr, controller_weight_decay, int(seed)
             )
         self.step_count, self.last_turn = 0, -1
         self.history: list[tuple[int, float]] = []
@@ -140,11 +142,11 @@ class ATO(torch.optim.Optimizer):
             super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step: the base optimizer's and the pull on masked channels, or a turn of the controller.
+        """One step: the base optimizer's, and the pull on masked channels.
 
-        On a controller turn weights, momenta and buffers stay what they are.
+        On a controller turn the controller learns first, and the base optimizer trains the masked network: what
+        the mask closes gets no gradient, and buffers stay what they were.
         """
-        loss = None
         if closure is not None and self._turn_due:
             with torch.enable_grad():
                 loss = closure()
@@ -152,12 +154,13 @@ class ATO(torch.optim.Optimizer):
         turn, done = self._turn, self.step_count + 1
         if self.search is not None and turn is not None:
             self._controller_turn(self.search, turn)
-        else:
-            loss = self.base.step(closure) if closure is not None else self.base.step()
+            turn.mask_gradients()
+            closure = closure and _masked(closure, turn)
+        loss = self.base.step(closure) if closure is not None else self.base.step()
+        self._turn = None
         if self.search is not None and done == max(1, self.schedule.commit):
             self._commit(self.search, done)
-        if turn is None:
-            self._pull(done)
+        self._pull(done)
         self.step_count = done
         return loss
 
@@ -249,10 +252,10 @@ class ATO(torch.optim.Optimizer):
         """Learn from the gradients that the user's backward through the masked network left."""
         turn.undo()
         gradient = gate_gradient(self.model, turn.table, len(self.mask))
-        search.learn(self.step_count, gradient)
+        search.learn(self.step_count, gradient, self.schedule.budget(self.step_count, self.target_flops))
         self.mask = search.proposal()
         self._note_share(self.step_count)
-        self.last_turn, self._turn = self.step_count, None
+        self.last_turn = self.step_count
 
     @torch.no_grad()
     def _pull(self, step: int) -> None:
@@ -350,6 +353,17 @@ class ATO(torch.optim.Optimizer):
             boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
             **facts,
         )
+
+
+def _masked(closure: Callable[[], Any], turn: Masking) -> Callable[[], Any]:
+    """`closure`, which leaves the gradients of the masked loss behind."""
+
+    def evaluate() -> Any:
+        loss = closure()
+        turn.mask_gradients()
+        return loss
+
+    return evaluate
 
 
 def _known_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:

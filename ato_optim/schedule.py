@@ -10,7 +10,10 @@ Phase = Literal["warmup", "search", "commit", "zero"]
 MANY_TURNS = 500
 """Controller turns that suffice: longer runs space them out, up to LARGEST_INTERVAL."""
 LARGEST_INTERVAL = 20
-SMALLEST_INTERVAL = 3
+SMALLEST_INTERVAL = 2
+MOST_LR = 1e-2
+TRAVEL = 0.5
+"""Sum of the controller's learning rates over all turns: it bounds how far AdamW takes a weight."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,18 @@ class Schedule:
     def turn_due(self, step: int, last_turn: int) -> bool:
         """Whether the training forward after `step` steps is a controller turn, the last one being at `last_turn`."""
         return self.phase(step) == "search" and step - max(last_turn, self.search - 1) >= self.interval
+
+    def budget(self, step: int, target: float) -> float:
+        """Share of the MACs that the controller shall keep at `step`: from 1 to `target` while no pull is on.
+
+        A straight line, so that the loss, and not the start of the controller, says which channels close first.
+        """
+        return target + (1 - target) * max(0.0, (self.pull - step) / max(1, self.pull - self.search))
+
+    @property
+    def controller_lr(self) -> float:
+        """Learning rate with which the controller gets equally far in few turns and in many, at most MOST_LR."""
+        return min(TRAVEL / max(1, (self.commit - self.search) // self.interval), MOST_LR)
 
     def pulls(self, step: int) -> bool:
         """Whether masked groups are pulled after the update that makes `step` steps done."""

@@ -39,12 +39,15 @@ class Search:
         kept = keep_minimum(gates > 0.5, logits + noise, self.plan.layer_of_gate, self.least)
         return gates + (kept.to(gates.dtype) - gates).detach()
 
-    def learn(self, step: int, gate_gradient: Tensor) -> None:
-        """One update of the controller from dL/dw (gates,) of the network masked by `gates(step)`."""
+    def learn(self, step: int, gate_gradient: Tensor, budget: float) -> None:
+        """One update of the controller from dL/dw (gates,) of the network masked by `gates(step)`.
+
+        `budget` is the share of the dense MACs that it shall keep at `step`.
+        """
         with torch.enable_grad():
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
-            loss = controller_loss(gates, gate_gradient, share, self.target, self.gamma)
+            loss = controller_loss(gates, gate_gradient, share, budget, self.gamma)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()

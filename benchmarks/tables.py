@@ -18,7 +18,7 @@ from ato_optim import Report, Width
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
-METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "ato": "#2166ac"}
+METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "random": "#4d9221", "ato": "#2166ac"}
 
 Runs = list[dict[str, Any]]
 
@@ -43,23 +43,67 @@ def grouped(runs: Runs, *keys: str) -> dict[tuple[str, ...], Runs]:
     return groups
 
 
+def by_seed(runs: Runs) -> dict[int, float]:
+    """The accuracy of each seed."""
+    return {run["arguments"]["seed"]: run["accuracy"] for run in runs}
+
+
+def lead(runs: Runs, others: Runs) -> list[float]:
+    """What `runs` are ahead of `others` in accuracy, seed by seed: both saw the same data in the same order."""
+    mine, theirs = by_seed(runs), by_seed(others)
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def with_error(values: list[float]) -> str:
+    """The mean with its sign, and its standard error where there is more than one value."""
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.2f}{error}"
+
+
+def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
+    """Budget -> method -> runs; the dense network, which has none, is found under every budget."""
+    dense = [run for run in runs if run["arguments"]["method"] == "dense"]
+    found: dict[str, dict[str, Runs]] = {}
+    for (budget, method), members in grouped(runs, "target_flops", "method").items():
+        if method != "dense":
+            found.setdefault(budget, {"dense": dense})[method] = members
+    return dict(sorted(found.items(), reverse=True))
+
+
 def comparison(runs: Runs) -> str:
-    """One row a method: accuracy, change against dense, what is kept, time."""
-    groups = grouped(runs, "method")
-    dense = statistics.mean(run["accuracy"] for run in groups[("dense",)])
+    """One row a budget and method: accuracy, its change against dense, what ato is ahead, what is kept, time."""
     rows = [
-        "| method | test accuracy, % | change | MACs kept | parameters kept | training, s | n |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| budget | method | test accuracy, % | change | ato is ahead by | MACs kept | parameters kept | seconds | n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (method,), members in groups.items():
-        accuracy = [run["accuracy"] for run in members]
-        change = "" if method == "dense" else f"{statistics.mean(accuracy) - dense:+.2f}"
-        macs = mean([100 * run["macs_kept"] for run in members], "{:.1f}")
-        parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
-        seconds = mean([run["seconds"] for run in members], "{:.0f}")
-        rows.append(
-            f"| {method} | {mean(accuracy)} | {change} | {macs} % | {parameters} % | {seconds} | {len(members)} |"
-        )
+    for budget, methods in budgets(runs).items():
+        for method, members in methods.items():
+            accuracy = mean([run["accuracy"] for run in members])
+            change = "" if method == "dense" else with_error(lead(members, methods["dense"]))
+            ahead = "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members))
+            macs = mean([100 * run["macs_kept"] for run in members], "{:.1f}")
+            parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
+            seconds = mean([run["seconds"] for run in members], "{:.0f}")
+            rows.append(
+                f"| {100 * float(budget):.0f} % | {method} | {accuracy} | {change} | {ahead} | {macs} % | "
+                f"{parameters} % | {seconds} | {len(members)} |"
+            )
+    return "\n".join(rows)
+
+
+def ablation(runs: Runs) -> str:
+    """One row a change of the default: accuracy, and what the default is ahead, seed by seed."""
+    rows = ["| change of the default | test accuracy, % | the default is ahead by | n |", "| --- | --- | --- | --- |"]
+    groups = grouped(runs, "method", "early", "ato")
+    default = groups[("ato", "True", "{}")]
+    for (method, early, ato), members in groups.items():
+        changes = [*(["random"] if method == "random" else []), *(["removed at the end"] if early == "False" else [])]
+        changes += [f"`{json.dumps(members[0]['arguments']['ato'])}`"] if ato != "{}" else []
+        ahead = "" if members is default else with_error(lead(default, members))
+        accuracy = mean([run["accuracy"] for run in members])
+        rows.append(f"| {', '.join(changes) or 'none'} | {accuracy} | {ahead} | {len(members)} |")
     return "\n".join(rows)
 
 
@@ -112,20 +156,43 @@ def commands(runs: Runs) -> str:
 
 
 def draw_accuracy(runs: Runs, path: Path) -> None:
-    """Accuracy against the share of MACs that is kept, a point a run."""
+    """Accuracy against the share of MACs that is kept: means over seeds, with the standard deviation."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
-    for (method,), members in grouped(runs, "method").items():
-        macs, accuracy = zip(*((100 * run["macs_kept"], run["accuracy"]) for run in members), strict=True)
-        axes.scatter(macs, accuracy, color=METHODS[method], s=40, zorder=2)
-        axes.annotate(
-            method, (macs[0], accuracy[0]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    axes.set_xlim(0, 115)
+    points: dict[str, list[Runs]] = defaultdict(list)
+    for methods in budgets(runs).values():
+        for method, members in methods.items():
+            if members not in points[method]:
+                points[method].append(members)
+    for method, settings in points.items():
+        macs = [100 * statistics.mean(run["macs_kept"] for run in members) for members in settings]
+        accuracy = [[run["accuracy"] for run in members] for members in settings]
+        means = [statistics.mean(values) for values in accuracy]
+        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracy]
+        axes.errorbar(macs, means, deviations, color=METHODS[method], marker="o", capsize=3, linewidth=1, label=method)
+    axes.set_xlim(0, 105)
     axes.set_xlabel("% of dense MACs")
     axes.set_ylabel("test accuracy, %")
     axes.grid(color="#e5e7e9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def draw_layers(runs: Runs, path: Path) -> None:
+    """Share of each layer's channels that every method keeps, mean over seeds, from the stem to the classifier."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    groups = {method: members for (method,), members in grouped(runs, "method").items()}
+    whole = groups["dense"][0]["widths"]
+    for method, members in groups.items():
+        shares = [statistics.mean(run["widths"][name] for run in members) / width for name, width in whole.items()]
+        axes.plot(range(len(whole)), [100 * share for share in shares], color=METHODS[method], marker=".", label=method)
+    axes.set_xticks(range(len(whole)), list(whole), rotation=90, fontsize=7)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("% of the channels kept")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -148,7 +215,7 @@ def fill(page: Path, tables: dict[str, str]) -> None:
 
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
-    cifar, digits = load("cifar10-resnet20-"), load("digits-")
+    cifar, digits, ablations = load("cifar10-resnet20-"), load("digits-"), load("ablation-")
     ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
     tables = {
         "comparison": comparison(cifar),
@@ -158,10 +225,15 @@ def main() -> None:
         "projection commands": commands(digits[:1]),
         "step cost": step_cost(),
     }
+    if ablations:
+        tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
     fill(ROOT / "docs" / "results.md", tables)
     fill(ROOT / "README.md", {"comparison": tables["comparison"]})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     draw_report(ato[0], FIGURES / "widths.png")
+    methods = next(iter(budgets(cifar).values()))
+    if all("widths" in run for members in methods.values() for run in members):
+        draw_layers([run for members in methods.values() for run in members], FIGURES / "layers.png")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
 Methods, all with the same epochs, recipe, seed and order of the data:
     ato        the optimizer of this package around SGD
+    random     the same with scores drawn by chance instead of the controller's logits (chance.py)
     dense      SGD alone
     narrow     every layer thinned by the same factor before the first step, then SGD
     magnitude  torch-pruning's one-shot global group magnitude (L2) at half time, then SGD goes on
@@ -33,11 +34,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ato_optim import ATO
+from ato_optim import ATO, load_pruned, save_pruned
 
 sys.path.insert(0, str(Path(__file__).parent))
 import data
 import models
+from chance import leave_to_chance
 
 RECORDED = (
     "model",
@@ -53,6 +55,8 @@ RECORDED = (
     "compile",
     "ato",
 )
+PRUNING = ("ato", "random")
+"""Methods that ATO carries out."""
 RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
@@ -62,7 +66,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="resnet20", help="resnet20, resnet56 or a torchvision classification model")
     add("--data", default="digits", choices=["digits", "cifar10", "cifar100", "imagefolder"])
     add("--data-dir", type=Path)
-    add("--method", default="ato", choices=["ato", "dense", "narrow", "magnitude"])
+    add("--method", default="ato", choices=[*PRUNING, "dense", "narrow", "magnitude"])
     add("--target-flops", type=float, default=0.45, help="share of the dense network's MACs that is kept")
     add("--epochs", type=int, help="default: 40 on digits, 16 elsewhere")
     add("--batch", type=int, default=128)
@@ -78,6 +82,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs"), help="folder of checkpoint, JSON and figure")
     add("--name", help="name of the run; default: data-model-method-seed")
     add("--resume", action="store_true", help="go on from the run's own checkpoint, if there is one")
+    add("--evaluate", type=Path, metavar="FILE", help="train nothing: print accuracy and MACs of the network in FILE")
     add("--save-every", type=float, default=60, metavar="S", help="seconds between checkpoints")
     args = parser.parse_args(argv)
     # As it was called, but for the names of folders, which are nobody else's.
@@ -86,6 +91,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.epochs = args.epochs or (40 if args.data == "digits" else 16)
     args.name = args.name or f"{args.data}-{args.model}-{args.method}-{args.seed}"
     return args
+
+
+def reread(args: argparse.Namespace, path: Path) -> dict[str, float]:
+    """Accuracy and MACs of the compressed network in the file `path`, found out by a new process."""
+    call = [sys.executable, __file__, "--model", args.model, "--data", args.data, "--size", str(args.size)]
+    call += ["--device", args.device, "--evaluate", str(path)]
+    call += ["--threads", str(torch.get_num_threads())]
+    if args.data_dir:
+        call += ["--data-dir", str(args.data_dir)]
+    return json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
@@ -195,6 +210,26 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def setting(args: argparse.Namespace) -> tuple[data.Batches, data.Split, nn.Module]:
+    """Training batches, test split and the dense network at its start, on the device."""
+    train, test, classes = data.load(args.data, args.data_dir, args.size)
+    train, test = train.to(args.device), test.to(args.device)
+    image = tuple(train.images.shape[1:])
+    batches = data.Batches(train, args.batch, args.seed, pad=max(1, image[1] // 8), flip=args.data != "digits")
+    torch.manual_seed(args.seed)
+    model = models.build(args.model, classes, image)
+    return batches, test, model.to(args.device, memory_format=torch.channels_last)
+
+
+def evaluated(args: argparse.Namespace) -> dict[str, float]:
+    """Accuracy and MACs of the compressed network in a file."""
+    batches, test, dense = setting(args)
+    model = load_pruned(dense, args.evaluate, map_location=args.device)
+    accuracy, _ = evaluate(model, batches, test)
+    example = batches.normalise(test.images[:1])
+    return {"accuracy": accuracy, "macs": macs(model, example)}
+
+
 class Run:
     """One training run: what it holds, one step of it, its checkpoint."""
 
@@ -202,16 +237,10 @@ class Run:
         self.args, self.commit = args, commit()
         self.device = torch.device(args.device)
         self.amp = amp_dtype(self.device)
-        train, self.test, classes = data.load(args.data, args.data_dir, args.size)
-        train, self.test = train.to(self.device), self.test.to(self.device)
-        image = tuple(train.images.shape[1:])
-        self.batches = data.Batches(train, args.batch, args.seed, pad=max(1, image[1] // 8), flip=args.data != "digits")
+        self.batches, self.test, dense = setting(args)
         self.total = args.epochs * self.batches.per_epoch
-        self.example = self.batches.normalise(train.images[:2])
-
-        torch.manual_seed(args.seed)
-        self.model = models.build(args.model, classes, image)
-        self.model.to(self.device, memory_format=torch.channels_last).train()
+        self.example = self.batches.normalise(self.batches.split.images[:2])
+        self.model = dense.train()
         self.dense_macs = macs(self.model, self.example)
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
         if args.method == "narrow":
@@ -227,12 +256,13 @@ class Run:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         sgd = torch.optim.SGD(self.model.parameters(), lr=self.args.lr, **RECIPE)
-        if self.args.method != "ato":
+        if self.args.method not in PRUNING:
             return sgd
-        return ATO(
+        optimizer = ATO(
             sgd, self.model, self.example,
-            target_flops=self.args.target_flops, total_steps=self.total, **self.args.ato,
+            target_flops=self.args.target_flops, total_steps=self.total, **{"seed": self.args.seed, **self.args.ato},
         )  # fmt: skip
+        return leave_to_chance(optimizer) if self.args.method == "random" else optimizer
 
     def train_step(self) -> float:
         if self.args.method == "magnitude" and self.step == self.total // 2:
@@ -248,7 +278,7 @@ class Run:
         self.optimizer.step()
         self.step += 1
         at_the_end = self.step == self.total
-        if self.args.method == "ato" and (at_the_end or self.args.early) and self.optimizer.removable:
+        if self.args.method in PRUNING and (at_the_end or self.args.early) and self.optimizer.removable:
             self.remove()
         return loss.item()
 
@@ -283,25 +313,30 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
         }
         # A network that torch-pruning cut is kept as an object; ATO's checkpoint knows how to cut it again.
-        state["model"] = self.model.state_dict() if self.args.method == "ato" else self.model
+        state["model"] = self.model.state_dict() if self.args.method in PRUNING else self.model
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.checkpoint)
 
     def load(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=self.args.method == "ato")
-        if self.args.method != "ato":
+        state = torch.load(self.checkpoint, weights_only=self.args.method in PRUNING)
+        if self.args.method not in PRUNING:
             self.model = state["model"]
             self._compile()
             self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.args.method == "ato":
+        if self.args.method in PRUNING:
             self.model.load_state_dict(state["model"])
         self.step, self.seconds, self.at_cut = state["step"], state["seconds"], state["at_cut"]
 
     def result(self) -> dict[str, Any]:
         accuracy, _ = evaluate(self.model, self.batches, self.test)
         kept = macs(self.model, self.example)
+        if self.args.method in PRUNING:
+            path = self.args.out / f"{self.args.name}.pt"
+            save_pruned(self.model, path)
+            accuracy = reread(self.args, path)["accuracy"]
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
         return {
             "command": "python benchmarks/train.py " + shlex.join(self.args.argv),
             "arguments": {k: v for k, v in vars(self.args).items() if k in RECORDED},
@@ -317,8 +352,9 @@ class Run:
             "macs_kept": kept / self.dense_macs,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dense_parameters": self.dense_parameters,
+            "widths": {name: layer.weight.shape[0] for name, layer in layers.items()},
             "seconds": round(self.seconds, 1),
-            "report": self.optimizer.report().as_dict() if self.args.method == "ato" else None,
+            "report": self.optimizer.report().as_dict() if self.args.method in PRUNING else None,
         }  # fmt: skip
 
 
@@ -348,6 +384,9 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.evaluate:
+        print(json.dumps(evaluated(args)))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(args)
     if args.resume and run.checkpoint.exists():
@@ -370,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     run.checkpoint.unlink(missing_ok=True)
     print(show(result))
     print(f"written: {path}")
-    if args.method == "ato":
+    if args.method in PRUNING:
         figure = path.with_suffix(".png")
         run.optimizer.report().figure().savefig(figure, dpi=150)
         print(f"written: {figure}  (widths per layer, budget over time)")

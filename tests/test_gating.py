@@ -87,15 +87,24 @@ def test_gate_gradient_equals_gates_written_by_hand():
     torch.testing.assert_close(found, hand.inner.grad.float(), rtol=1e-4, atol=1e-7)
 
 
-def at_a_turn(network=Residual, **options):
+def momentum_sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def at_a_turn(network=Residual, base=momentum_sgd, **options):
     """A model and its ATO, the next training forward of which is a controller turn with closed gates."""
     model = network()
-    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    base = base(model.parameters())
     optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=100, interval=3, **options)
     for x, y in batches(12):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
     with torch.no_grad():
         head = optimizer.search.controller.head
         head.sub_(0.02 * torch.arange(len(head))[:, None] % 0.2)
@@ -111,23 +120,73 @@ def same(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_turn_moves_the_controller_and_nothing_else():
+def explicitly_masked_twin(model, optimizer):
+    """A copy of model and base optimizer whose gates, those of the coming turn, are multiplied inside autograd."""
+    twin = copy.deepcopy(model)
+    base = type(optimizer.base)(twin.parameters(), **optimizer.base.defaults)
+    base.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+    gates = optimizer.search.gates(optimizer.step_count).detach()
+    assert 0 < gates.mean() < 1
+    with_explicit_gates(twin, optimizer.plan.groups.consumers, gates)
+    return twin, base
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_turn_teaches_the_controller_and_trains_the_masked_network(with_closure):
+    """The step is the base optimizer's on the network with gates inside autograd; norm statistics stay."""
     model, optimizer = at_a_turn()
-    before, momenta = snapshot(model), copy.deepcopy(optimizer.base.state_dict()["state"])
-    controller = snapshot(optimizer.search.controller)
+    before, controller = snapshot(model), snapshot(optimizer.search.controller)
+    twin, base = explicitly_masked_twin(model, optimizer)
     x, y = next(iter(batches(1)))
-    with torch.no_grad():
-        plain = model.train()(x)
-    model.load_state_dict(before)
-    masked = model(x)
-    assert (masked - plain).abs().max() > 1e-3, "the turn's forward ran unmasked"
-    optimizer.zero_grad()
-    F.cross_entropy(masked, y).backward()
-    optimizer.step()
-    assert same(before, model.state_dict())
-    for index, state in optimizer.base.state_dict()["state"].items():
-        assert torch.equal(state["momentum_buffer"], momenta[index]["momentum_buffer"])
+
+    def closure(model, optimizer):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    expected = closure(twin, base)
+    base.step()
+    if with_closure:
+        loss = optimizer.step(lambda: closure(model, optimizer))
+    else:
+        loss = closure(model, optimizer)
+        optimizer.step()
+    torch.testing.assert_close(loss, expected)
+    moved = 0
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            optimizer.state[mine]["momentum_buffer"], base.state[theirs]["momentum_buffer"], rtol=1e-4, atol=1e-6
+        )
+        moved += not torch.equal(mine, before[name])
+    assert moved
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert not same(controller, optimizer.search.controller.state_dict())
+    assert optimizer.step_count == 13 and not optimizer._turn_due
+
+
+def test_a_base_optimizer_that_evaluates_more_than_once_trains_one_masked_network():
+    model, optimizer = at_a_turn(base=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3))
+    twin, base = explicitly_masked_twin(model, optimizer)
+    x, y = next(iter(batches(1)))
+    calls = []
+
+    def closure(model, optimizer):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        calls.append(loss.item())
+        return loss
+
+    base.step(lambda: closure(twin, base))
+    expected = calls.copy()
+    calls.clear()
+    optimizer.step(lambda: closure(model, optimizer))
+    assert len(expected) > 1
+    assert calls == pytest.approx(expected, rel=1e-4)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_masked_weights_are_seen_by_the_training_forward_alone():

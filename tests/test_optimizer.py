@@ -103,6 +103,15 @@ def test_masked_groups_are_pulled_gently_while_searching():
     assert (after != 0).float().mean() > 0.9
 
 
+@pytest.fixture
+def in_double():
+    """Rounding of another order of sums grows over the steps; in float64 it stays far below what is tested."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("in_double")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_goes_on_after_an_early_compress_as_if_nothing_had_happened(network):
     """The small network with the carried momentum, and the big one with its zeros, take the same steps."""
@@ -125,9 +134,9 @@ def test_training_goes_on_after_an_early_compress_as_if_nothing_had_happened(net
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in big.parameters())
     slow.compress()
     for name, tensor in big.state_dict().items():
-        torch.testing.assert_close(small.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(small.state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
     for (_, mine), (_, theirs) in zip(fast.state.items(), slow.state.items(), strict=True):
-        torch.testing.assert_close(mine["momentum_buffer"], theirs["momentum_buffer"], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine["momentum_buffer"], theirs["momentum_buffer"], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("base", BASES)

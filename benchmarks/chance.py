@@ -1,0 +1,52 @@
+"""The control of the controller: ATO as it is, but for a search that leaves the choice of channels to chance."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ato_optim import ATO
+from ato_optim.budget import solve
+from ato_optim.search import Search
+
+
+class Chance(Search):
+    """Opens the gates of highest score within the budget of the moment; the scores are drawn once and never learn.
+
+    It takes the place of an ATO's own search: turns, training of the masked network, pull, commit, and the cost of
+    the mask are the same, and only what the controller knows is missing.
+    """
+
+    def __init__(self, own: Search):
+        self.plan, self.least, self.target = own.plan, own.least, own.target
+        generator = torch.Generator().manual_seed(own.seed)
+        self.scores = torch.rand(own.plan.groups.num_gates, generator=generator).to(own.plan.device)
+        self.budget = 1.0
+
+    def _mask(self, budget: float, round_to: int = 1) -> Tensor:
+        return solve(self.scores, self.plan.layer_of_gate, self.plan.cost, budget, self.least, round_to)
+
+    def gates(self, step: int) -> Tensor:
+        return self._mask(self.budget).float()
+
+    def learn(self, step: int, gate_gradient: Tensor, budget: float) -> None:
+        self.budget = budget
+
+    def proposal(self) -> Tensor:
+        return self._mask(self.budget)
+
+    def settle(self, round_to: int) -> Tensor:
+        return self._mask(self.target, round_to)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"budget": self.budget}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.budget = state["budget"]
+
+
+def leave_to_chance(optimizer: ATO) -> ATO:
+    """`optimizer`, before its first step, with Chance for its search."""
+    if optimizer.search is not None:
+        optimizer.search = Chance(optimizer.search)
+    return optimizer
