@@ -76,7 +76,8 @@ def make_plan(
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng():
-        copied = copy_model(model)
+        whole = copy_model(model)  # also where the parameters of `model` are split over processes
+        copied = copy_model(whole)
         try:
             counts = count_macs(copied, example_inputs, forward_fn)
         except Exception as error:
@@ -91,7 +92,7 @@ def make_plan(
         while True:
             groups = discover(copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen, excluded)
             cost = build_cost(copied, groups, counts)
-            failed = objections(model, groups, cost, example_inputs, forward_fn)
+            failed = objections(whole, groups, cost, example_inputs, forward_fn)
             if not failed:
                 break
             excluded |= failed

@@ -78,7 +78,7 @@ def _runs_in_training(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> b
 @torch.no_grad()
 def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> None:
     """Set all producer entries of the groups that `mask` (gates,) bool closes to zero, in place."""
-    torch._foreach_mul_(groups.producers.parameters(model), groups.producers.split(mask.float()))
+    groups.producers.scale(groups.producers.parameters(model), mask.float())
 
 
 def difference(outputs: Any, others: Any) -> float:

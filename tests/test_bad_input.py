@@ -134,7 +134,7 @@ def test_weights_from_before_the_commit_are_not_compressed():
 def test_a_run_without_controller_turns_warns():
     model, optimizer = make()
     model.eval()
-    with pytest.warns(UserWarning, match="no controller turn"):
+    with pytest.warns(UserWarning, match="no training forward"):
         train(model, optimizer, 40)
 
 
