@@ -124,14 +124,12 @@ class ATO(torch.optim.Optimizer):
 
     # --- a torch.optim.Optimizer ---------------------------------------------------------------------------
 
-    def _attach(self, turn_begun: bool = False) -> None:
-        """Share the base optimizer's groups and state; hook the model; take up a turn that has begun."""
+    def _attach(self) -> None:
+        """Share the base optimizer's groups and state; hook the model."""
         self.param_groups, self.state = self.base.param_groups, self.base.state
         _OWNERS[self.model] = weakref.ref(self)
         self._turn: Masking | None = None
         self._hooks = TurnHooks(self.model, self._called, self._request_masking) if self.searching else None
-        if turn_begun:
-            self._request_masking()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer. Its parameters are trained; what is prunable was settled before."""
@@ -166,14 +164,15 @@ class ATO(torch.optim.Optimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay behind, and so do a compiled wrapper and what schedulers have put on the instance.
+        # Hooks stay behind, as do a compiled wrapper, what schedulers have put on the instance, and a turn that has
+        # begun: copies of parameters come without gradients.
         own = {key: value for key, value in vars(self).items() if key in self._own}
         shared = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
-        return {**own, **shared, "_called": self.model, "_turn": self.turn_begun}
+        return {**own, **shared, "_called": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._attach(state["_turn"])
+        self._attach()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state_dict and, under "ato", the pruning's: tensors and plain data only."""
@@ -181,7 +180,7 @@ class ATO(torch.optim.Optimizer):
             pre_hook(self)
         state = {**self.base.state_dict(), "ato": resume.pack(self)}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state = _unless_none(post_hook(self, state), state)
+            state = post_hook(self, state) or state
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,7 +191,7 @@ class ATO(torch.optim.Optimizer):
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _unless_none(pre_hook(self, state_dict), state_dict)
+            state_dict = pre_hook(self, state_dict) or state_dict
         saved = resume.entry(state_dict, self)
         if saved["cut"] is not None and self.cut is None:
             self._apply(Cut(**saved["cut"]))
@@ -203,7 +202,9 @@ class ATO(torch.optim.Optimizer):
         if self.search is not None:
             self.search.load_state_dict(saved["search"])
         self._detach()
-        self._attach(saved["turn_begun"])
+        self._attach()
+        if saved["turn_begun"]:
+            self._request_masking()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -338,10 +339,6 @@ class ATO(torch.optim.Optimizer):
             boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
             **facts,
         )
-
-
-def _unless_none(result: Any, otherwise: Any) -> Any:
-    return otherwise if result is None else result
 
 
 def _known_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
