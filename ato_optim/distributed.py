@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -41,6 +42,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or this rank's shard of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor`, which is the same on every rank, fit for arithmetic with `other`."""
     if not isinstance(other, DTensor):
@@ -54,6 +60,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def aliases(output: Any) -> Any:
+    """`output` with copies for its tensors, whose gradients are seen before fully_shard's hooks on `output` are."""
+    return _pytree.tree_map_only(Tensor, torch.clone, output)
 
 
 def unsharded(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import is_sharded, reshard
+from .distributed import aliases, is_sharded, local, reshard
 from .groups import GateTable
 from .unwrap import tensors_in
 
@@ -25,7 +25,7 @@ class Masking:
 
     def __init__(self, model: nn.Module, table: GateTable, gates: Tensor):
         self.model, self.table, self.gates = model, table, gates
-        self._parameters: list[Tensor] = []
+        self._masked: list[Tensor] = []
         self._weights: list[Tensor] | None = None
         self._buffers: list[Tensor] = []
 
@@ -38,11 +38,13 @@ class Masking:
         """Multiply the consumers' columns by the gates, once, and remember them and all buffers."""
         if self.on:
             return
-        # The same tensors are put back: within a forward fully_shard shows others under their names.
-        self._parameters = self.table.parameters(self.model)
-        self._weights = [p.clone() for p in self._parameters]
+        reshard(self.model)  # what fully_shard has gathered before is not masked
+        parameters = self.table.parameters(self.model)
+        # Put back into the same tensors: within a forward fully_shard shows others under the parameters' names.
+        self._masked = [local(p) for p in parameters]
+        self._weights = [p.clone() for p in self._masked]
         self._buffers = [b.data.clone() for b in self.model.buffers()]
-        self.table.scale(self._parameters, self.gates)
+        self.table.scale(parameters, self.gates)
         # autocast keeps low-precision copies of weights, which are stale now.
         torch.clear_autocast_cache()
 
@@ -51,10 +53,10 @@ class Masking:
         """Put columns and buffers (norm statistics among them) back, to the bit."""
         if self._weights is None:
             return
-        torch._foreach_copy_(self._parameters, self._weights)
+        torch._foreach_copy_(self._masked, self._weights)
         for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
             buffer.data.copy_(before)
-        self._parameters, self._weights, self._buffers = [], None, []
+        self._masked, self._weights, self._buffers = [], None, []
         torch.clear_autocast_cache()
 
 
@@ -125,12 +127,14 @@ class TurnHooks:
         self._masking = masking
 
     @torch.compiler.disable
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         masking, self._masking = self._masking, None
         self._ran_masked = masking is not None and not self._recomputing
         if masking is None or self._recomputing:
-            return
+            return output
         masking.undo()
+        if is_sharded(module):
+            output = aliases(output)
 
         def backward_begins(gradient: Tensor) -> None:
             masking.apply()
@@ -142,6 +146,7 @@ class TurnHooks:
                 f"model returned a {type(output).__name__} in which ATO finds no tensor with a gradient: return "
                 "tensors, or containers or objects that hold them"
             )
+        return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurnHooks:
         return _inert()
