@@ -12,7 +12,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def launch(world, folder, names):
-    torch.multiprocessing.spawn(ranks.main, (world, str(folder), names), nprocs=world)
+    # The server imports once what all ranks need; it runs nothing, so that its forks are as good as fresh processes.
+    torch.multiprocessing.set_forkserver_preload(["torch_pruning", "torchvision", "torch.distributed.fsdp"])
+    arguments = (world, str(folder), names)
+    torch.multiprocessing.start_processes(ranks.main, arguments, nprocs=world, start_method="forkserver")
     return {name: [torch.load(folder / f"{name}.{r}.pt", weights_only=True) for r in range(world)] for name in names}
 
 
