@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from networks import Flatten, Residual, batches, example
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -174,6 +175,12 @@ def sharded(rank, world, projection):
 
 
 def half_sharded(rank, world):
+    """What is refused: a model that is sharded in part, and a checkpoint that has lost the pruning's entry."""
+    model = sharded_model()
+    optimizer = wrap(model, model)
+    weights, state = get_state_dict(model, optimizer)
+    with pytest.raises(ValueError, match='no entry "ato"'):
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     model = plain()
     fully_shard(model.head)
     with pytest.raises(ValueError, match=r"features.0.weight is whole; apply fully_shard to the model itself too"):

@@ -285,6 +285,30 @@ def test_step_hooks_and_state_hooks():
     assert seen[0] == "pack" and seen[-2:] == [12, 12] and state["note"] == 12
 
 
+class Quantised(torch.optim.SGD):
+    """A base that keeps something of its own in its state_dict, as many outside of torch do."""
+
+    scale = 1.0
+
+    def state_dict(self):
+        return {**super().state_dict(), "scale": self.scale}
+
+    def load_state_dict(self, state_dict):
+        self.scale = state_dict["scale"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "scale"})
+
+
+def test_a_base_with_a_state_dict_of_its_own_is_asked_for_it():
+    optimizers = []
+    for scale in (2.0, 1.0):
+        model = Tiny()
+        base = Quantised(model.parameters(), lr=0.05, momentum=0.9)
+        base.scale = scale
+        optimizers.append(ATO(base, model, example(1), target_flops=0.5, total_steps=60))
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert optimizers[1].base.scale == 2.0
+
+
 def test_repr_names_the_groups():
     optimizer = sgd(Tiny())
     assert "lr: 0.05" in repr(optimizer) and "momentum: 0.9" in repr(optimizer)

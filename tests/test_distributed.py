@@ -71,5 +71,5 @@ def test_fully_sharded_with_two_processes(two, projection):
     torch.testing.assert_close(result["small"], dict(optimizer.compress().state_dict()), rtol=1e-7, atol=1e-9)
 
 
-def test_a_model_that_is_sharded_in_part_is_refused_at_construction(two):
+def test_what_is_refused_under_fully_shard(two):
     assert len(two["half"]) == 2  # the assertions ran on the ranks

@@ -144,3 +144,15 @@ def test_other_versions_and_other_optimizers_are_refused():
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     with pytest.raises(ValueError, match=r"parameter groups of sizes \[(\d+)\], this ATO of sizes \[\1, 1\]"):
         optimizer.load_state_dict(make()[1].state_dict())
+
+
+def test_weights_of_a_cut_network_want_the_optimizer_first():
+    model, optimizer = make()
+    train(model, optimizer, 40)
+    optimizer.compress()
+    other, resumed = make()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(model.state_dict())
+    assert train(other, resumed, 3) == train(model, optimizer, 3)
