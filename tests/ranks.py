@@ -112,16 +112,17 @@ def cut_data_parallel(rank, world):
     return {"sums": sums, "refused": refused, "phase": optimizer.phase}
 
 
-def sharded_model():
+def sharded_model(layout):
+    """Consumers in groups of their own, one of which writes the output, or in the root's, which stays gathered."""
     model = plain()
-    fully_shard(model.features[3])
-    fully_shard(model.head)
+    for part in (model.features[3], model.head) if layout == "parts" else (model.features[0], model.head[1]):
+        fully_shard(part)
     return fully_shard(model)
 
 
-def sharded(rank, world, projection):
+def sharded(rank, world, projection, layout):
     """fully_shard, resumed in the search and in the commit phase."""
-    model = sharded_model()
+    model = sharded_model(layout)
     optimizer = wrap(model, model, projection)
     sums, turns = [], 0
     for k, batch in enumerate(batches(STEPS)):
@@ -132,24 +133,26 @@ def sharded(rank, world, projection):
             torch.save([optimizer.state_dict(), model.state_dict()], file)
             file.seek(0)
             states = torch.load(file, weights_only=True)
-            model = sharded_model()
+            model = sharded_model(layout)
             optimizer = wrap(model, model, projection)
             optimizer.load_state_dict(states[0])
             model.load_state_dict(states[1])
         optimizer.zero_grad()
-        with torch.no_grad():
-            before = model.eval()(x)
         state = {key: whole(value).clone() for key, value in model.state_dict().items()}
+        with torch.no_grad():  # evaluations last: they leave parameters of the root gathered
+            before = model.eval()(x)
         out = model.train()(x)
         if optimizer.turn_begun:  # masked weights are for the training forward and its backward alone
             turns += 1
             with torch.no_grad():
                 assert torch.equal(model.eval()(x), before)
-            model.train()
+            assert all(torch.equal(whole(value), state[key]) for key, value in model.state_dict().items())
             masked, table = copy_model(model), optimizer.plan.groups.consumers
             table.scale(table.parameters(masked), optimizer._turn.gates.double())
             torch.testing.assert_close(masked(x), out, rtol=1e-9, atol=1e-9)
-            assert all(torch.equal(whole(value), state[key]) for key, value in model.state_dict().items())
+            with torch.no_grad():
+                assert torch.equal(model.eval()(x), before)
+            model.train()
         F.cross_entropy(out, y).backward()
         if optimizer.turn_begun:
             assert all(torch.equal(whole(value), state[key]) for key, value in model.state_dict().items())
@@ -176,7 +179,7 @@ def sharded(rank, world, projection):
 
 def half_sharded(rank, world):
     """What is refused: a model that is sharded in part, and a checkpoint that has lost the pruning's entry."""
-    model = sharded_model()
+    model = sharded_model("parts")
     optimizer = wrap(model, model)
     weights, state = get_state_dict(model, optimizer)
     with pytest.raises(ValueError, match='no entry "ato"'):
@@ -192,8 +195,8 @@ RUNS = {
     "wrapper": (data_parallel, True),
     "bare": (data_parallel, False),
     "cut": (cut_data_parallel,),
-    "timed": (sharded, "timed"),
-    "halfspace": (sharded, "halfspace"),
+    "timed": (sharded, "timed", "parts"),
+    "halfspace": (sharded, "halfspace", "root"),
     "half": (half_sharded,),
 }
 
