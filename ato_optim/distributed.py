@@ -62,15 +62,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def aliases(output: Any) -> Any:
-    """`output` with copies for its tensors, whose gradients are seen before fully_shard's hooks on `output` are."""
+def cloned(output: Any) -> Any:
+    """`output` with clones for its tensors: hooks on their gradients run before those that fully_shard put on it."""
     return _pytree.tree_map_only(Tensor, torch.clone, output)
 
 
 def unsharded(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
     """`memo` for a deepcopy of `model` in which whole parameters and plain modules replace what fully_shard made.
 
-    A collective call. The hooks of modules that fully_shard was applied to are its own and stay behind.
+    A collective call. The hooks of modules that fully_shard was applied to, which are its own, stay behind.
     """
     if not is_sharded(model):
         return memo
@@ -79,9 +79,10 @@ def unsharded(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
         memo[id(parameter)] = nn.Parameter(whole(parameter.detach()).clone(), parameter.requires_grad)
     for module in reversed(list(model.modules())):  # children before those that hold them
         if isinstance(module, FSDPModule):
-            kept = {k: v for k, v in vars(module).items() if "hook" not in k and not k.startswith("__composable_api")}
             plain = nn.Module()
-            plain.__class__ = type(module).__mro__[2]  # FSDP<class>, FSDPModule, class
+            hooks = {key for key in vars(plain) if "hook" in key}
+            kept = {k: v for k, v in vars(module).items() if k not in hooks and not k.startswith("__composable_api")}
+            plain.__class__ = type(module).__mro__[2]  # after FSDP<class> and FSDPModule: the class itself
             memo[id(module)] = plain
             vars(plain).update(copy.deepcopy(kept, memo))
     return memo

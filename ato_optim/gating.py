@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import aliases, is_sharded, local, reshard
+from .distributed import cloned, is_sharded, local, reshard
 from .groups import GateTable
 from .unwrap import tensors_in
 
@@ -89,14 +89,15 @@ class TurnHooks:
         self._request: weakref.WeakMethod[Any] | None = weakref.WeakMethod(request)
         self._masking: Masking | None = None
         self._recomputing = self._ran_masked = False
+        self._sharded = is_sharded(model)
         # Before fully_shard's own, which gather the parameters, in the forward and again in the backward.
         self._handles = [
             called.register_forward_pre_hook(self.before, prepend=True),
             called.register_forward_hook(self.after, always_call=True, prepend=True),
             model.register_state_dict_pre_hook(self._recover),
         ]
-        if is_sharded(model):
-            self._handles.append(model.register_forward_hook(self._forget_gathered))
+        if self._sharded:
+            self._handles.append(called.register_forward_hook(self._forget_gathered))
 
     def _recover(self, *_: Any) -> None:
         """Undo what a forward left masked that ended in a KeyboardInterrupt, for which no forward hook is called."""
@@ -133,8 +134,8 @@ class TurnHooks:
         if masking is None or self._recomputing:
             return output
         masking.undo()
-        if is_sharded(module):
-            output = aliases(output)
+        if self._sharded:
+            output = cloned(output)
 
         def backward_begins(gradient: Tensor) -> None:
             masking.apply()
@@ -170,5 +171,5 @@ class _AtTheEnd:
 def _inert() -> TurnHooks:
     hooks = object.__new__(TurnHooks)
     hooks._request, hooks._masking, hooks._handles = None, None, []
-    hooks._recomputing = hooks._ran_masked = False
+    hooks._recomputing = hooks._ran_masked = hooks._sharded = False
     return hooks

@@ -72,17 +72,20 @@ def single(projection="timed"):
     return model, optimizer
 
 
-def data_parallel(rank, world, wrapped):
-    """The plain network; ATO gets the wrapper or the bare module."""
-    model = plain()
-    ddp = DistributedDataParallel(model)
-    optimizer = wrap(model, ddp if wrapped else model)
+def data_parallel(rank, world, how):
+    """The plain network; ATO gets the bare module or what is called."""
+    model = sharded_model("root") if how == "compiled shards" else plain()
+    called = model if how == "compiled shards" else DistributedDataParallel(model)
+    if how.startswith("compiled"):
+        called = torch.compile(called, backend="aot_eager")
+    optimizer = wrap(model, model if how == "bare" else called)
     sums = []
     for batch in batches(STEPS):
         x, y = share(batch, rank, world)
-        step(ddp, optimizer, x.double(), y)
+        step(called, optimizer, x.double(), y)
         sums.append(checksum(model, optimizer))
-    return {"sums": sums, "mask": optimizer.mask, "history": optimizer.history, "weights": model.state_dict()}
+    weights = {key: whole(value) for key, value in model.state_dict().items()}
+    return {"sums": sums, "mask": optimizer.mask, "history": optimizer.history, "weights": weights}
 
 
 def cut_data_parallel(rank, world):
@@ -192,8 +195,7 @@ def half_sharded(rank, world):
 
 
 RUNS = {
-    "wrapper": (data_parallel, True),
-    "bare": (data_parallel, False),
+    **{how: (data_parallel, how) for how in ("bare", "wrapper", "compiled", "compiled shards")},
     "cut": (cut_data_parallel,),
     "timed": (sharded, "timed", "parts"),
     "halfspace": (sharded, "halfspace", "root"),

@@ -332,6 +332,28 @@ def test_added_groups_are_trained_kept_and_carried_over_the_cut():
     assert optimizer.param_groups[-1]["params"][1] is bias and optimizer.state[bias]["momentum_buffer"].any()
 
 
+def test_closures_run_with_gradients_whatever_surrounds_step():
+    runs = []
+    for grad in (True, False):
+        torch.manual_seed(0)
+        model = Tiny()
+        optimizer = sgd(model, total_steps=20, interval=2)
+        for k in range(20):
+
+            def closure(model=model, optimizer=optimizer, k=k):
+                assert torch.is_grad_enabled()
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(X.roll(k, 0)), Y.roll(k, 0))
+                loss.backward()
+                return loss
+
+            with torch.set_grad_enabled(grad):
+                optimizer.step(closure)
+        assert len(optimizer.history) > 2
+        runs.append(leaves(model, optimizer))
+    assert_same(*runs)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_both_forms_of_zero_grad(set_to_none):
     model = Tiny()

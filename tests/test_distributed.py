@@ -21,7 +21,11 @@ def launch(world, folder, names):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(2, tmp_path_factory.mktemp("two"), ["wrapper", "cut", "timed", "halfspace", "half"])
+    return launch(
+        2,
+        tmp_path_factory.mktemp("two"),
+        ["wrapper", "compiled", "compiled shards", "cut", "timed", "halfspace", "half"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +47,10 @@ def assert_equals_one_process(result, projection="timed"):
     return model, optimizer
 
 
-def test_data_parallel_with_two_processes_and_the_wrapper(two):
-    assert_all_ranks_agree(two["wrapper"])
-    assert_equals_one_process(two["wrapper"][0])
+@pytest.mark.parametrize("how", ["wrapper", "compiled", "compiled shards"])
+def test_two_processes_and_the_wrapper(two, how):
+    assert_all_ranks_agree(two[how])
+    assert_equals_one_process(two[how][0])
 
 
 def test_data_parallel_with_four_processes_and_the_bare_module(four):
