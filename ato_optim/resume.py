@@ -18,6 +18,8 @@ def settings(ato: ATO) -> dict[str, Any]:
     return {
         "parameters": {name: list(shape) for name, shape in ato.plan.shapes.items()},
         "groups": [[layer.root, layer.size] for layer in ato.plan.groups.layers],
+        "base_optimizer": type(ato.base).__name__,
+        "MACs of example_inputs": round(ato.plan.cost.dense),
         "target_flops": ato.target_flops,
         "total_steps": ato.total_steps,
         "schedule": asdict(ato.schedule),

@@ -115,6 +115,7 @@ OTHERS = {
     "other widths": ({"round_to": 2}, "least widths|round_to"),
     "another pull": ({"projection": "halfspace"}, "projection=timed, this ATO has projection=halfspace"),
     "another penalty": ({"penalty": (1, 2)}, "penalty="),
+    "another base optimizer": ({"base": "adamw"}, "base_optimizer=SGD, this ATO has base_optimizer=AdamW"),
     "another seed": ({"seed": 1}, "seed=0, this ATO has seed=1"),
     "another weight of the budget": ({"gamma": 2}, "gamma="),
 }
@@ -130,12 +131,18 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(case):
         optimizer.load_state_dict(make()[1].state_dict())
     after = optimizer.state_dict()
     assert after["ato"]["step_count"] == 2
-    assert torch.equal(before["state"][0]["momentum_buffer"], after["state"][0]["momentum_buffer"])
+    for key, value in before["state"][0].items():
+        assert torch.equal(value, after["state"][0][key])
 
 
-def test_other_versions_and_other_optimizers_are_refused():
+def test_other_versions_inputs_and_optimizers_are_refused():
     _, optimizer = make()
     state = optimizer.state_dict()
+    smaller = Residual()
+    base = torch.optim.SGD(smaller.parameters(), lr=0.1)
+    other = ATO(base, smaller, example()[..., :8, :8], target_flops=0.5, total_steps=60)
+    with pytest.raises(ValueError, match=r"MACs of example_inputs=\d+, this ATO has"):
+        other.load_state_dict(state)
     state["ato"]["version"] = 1
     with pytest.raises(ValueError, match=r"format version 1, this ato_optim reads 2: go on with the ato_optim that wr"):
         optimizer.load_state_dict(state)
