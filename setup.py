@@ -23,6 +23,7 @@ setup(
     extras_require={
         "bench": BENCH,
         "test": [*BENCH, "hypothesis", "mypy", "pytest", "ruff"],
+        "integrations": ["lightning", "accelerate"],
         "docs": ["mkdocs"],
     },
 )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from . import distributed
 from .plan import Plan
 from .projection import Projection
 from .schedule import Schedule
@@ -25,12 +26,18 @@ def base_and_model(base: Any, model: Any) -> nn.Module:
             f"base_optimizer is a {type(base).__name__}: pass a torch.optim optimizer, such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
         )
+    if isinstance(base, torch.optim.SparseAdam):
+        raise TypeError(
+            "base_optimizer is a SparseAdam, which takes sparse gradients alone, and layers that can be pruned have "
+            "dense ones: pass another optimizer, torch.optim.Adam say"
+        )
     if hasattr(base, "target_flops"):
         raise TypeError("base_optimizer is an ATO already: pass the optimizer that it wraps (its .base)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is trained")
     root = unwrap(model)
     tractable(root)
+    distributed.check(root)
     _parameters(base, root)
     return root
 
@@ -63,6 +70,9 @@ def unowned(model: nn.Module, owner: Any) -> None:
             "compress() it first"
         )
 
+
+PATIENCE = 5
+"""Controller turns that may fail to come before a warning."""
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "target_flops": (lambda v: 0 < v <= 1, "in (0, 1]: it is the share of the dense MACs that is kept, 0.45 say"),
@@ -160,12 +170,15 @@ def budget(target_flops: float, plan: Plan, least: float) -> None:
         )
 
 
-def learned(last_turn: int, schedule: Schedule) -> None:
-    """Warn if the commit comes although the controller has seen nothing."""
-    if last_turn < 0 and schedule.commit - schedule.search > schedule.interval:
+def learning(step: int, last_turn: int, schedule: Schedule) -> None:
+    """Warn, once, if the search has gone on for PATIENCE turns, or ends at `step`, and no turn came."""
+    noticed = min(schedule.search + PATIENCE * schedule.interval, schedule.commit)
+    if last_turn < 0 and step == noticed and schedule.commit - schedule.search > schedule.interval:
         warnings.warn(
-            "ATO saw no controller turn before the commit, so that the channels are chosen without having learned: "
-            "call the model itself, in training mode, in each step",
+            f"ATO has seen no training forward of its model since step {schedule.search}, when the search began: the "
+            "controller learns nothing, and the channels to keep are a guess. Call the model itself, in training mode "
+            "and with gradients, in each step; if your loop calls parts of it, pass as model a torch.nn.Module whose "
+            "forward does what the loop does",
             stacklevel=4,
         )
 
@@ -185,34 +198,11 @@ def zeroed(step: int, schedule: Schedule, zero: bool) -> None:
         )
 
 
-def checkpoint(
-    state_dict: dict[str, Any],
-    version: int,
-    settings: dict[str, Any],
-    cut: dict[str, Any] | None,
-    param_groups: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The entry "ato" of `state_dict`, if it fits an ATO of these settings, cut and groups of parameters."""
-    saved = state_dict.get("ato")
-    if saved is None:
+def replaceable(model: nn.Module) -> None:
+    """The parameters of `model` can be replaced by smaller ones."""
+    if distributed.is_sharded(model):
         raise ValueError(
-            'state_dict has no entry "ato": it was not taken from an ATO; load it into the base optimizer instead'
+            f"model ({type(model).__name__}) is under fully_shard, which holds on to its parameters: "
+            "compress(inplace=False), called on all ranks, returns the smaller network whole; to train on, apply "
+            "fully_shard to that and build a new base optimizer"
         )
-    if saved["version"] != version:
-        raise ValueError(f"state_dict has format version {saved['version']}, this ato_optim reads {version}")
-    for name, here in settings.items():
-        there = saved["settings"][name]
-        if there != here and name == "groups":
-            differ = next((p for p in zip(there, here, strict=False) if p[0] != p[1]), (len(there), len(here)))
-            raise ValueError(f"state_dict belongs to another model: prunable groups differ at {differ}")
-        if there != here:
-            raise ValueError(f"state_dict was taken with {name}={there}, this ATO has {name}={here}: build it alike")
-    if cut is not None and saved["cut"] != cut:
-        raise ValueError(
-            "state_dict was taken before compress() or with another cut, and this ATO's model is compressed: load into "
-            "a fresh one"
-        )
-    sizes = [[len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], param_groups)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"state_dict has parameter groups of sizes {sizes[0]}, this ATO of sizes {sizes[1]}")
-    return saved

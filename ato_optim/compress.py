@@ -224,7 +224,9 @@ def compose(first: Cut, second: Cut) -> Cut:
 def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
     """Raise ValueError if `optimizer` holds state that cannot be cut: vectors over all parameters, as LBFGS has."""
     for parameter, state in optimizer.state.items():
-        dims = len(cut.dense[names[parameter]]) if parameter in names else 0
+        if parameter not in names:  # of a group that was added, not the model's: it stays as it is
+            continue
+        dims = len(cut.dense[names[parameter]])
         for key, value in state.items():
             if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim not in (0, dims)):
                 raise ValueError(
@@ -256,3 +258,10 @@ def carry_state(
                 key: select(value, kept, dense) if isinstance(value, Tensor) and value.ndim else value
                 for key, value in state.items()
             }
+
+
+def apply_cut_in_training(cut: Cut, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Cut `model` in place and carry the state of the `optimizer` that trains it over."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    check_state(optimizer, names, cut)
+    carry_state(optimizer, cut, names, apply_cut(cut, model))

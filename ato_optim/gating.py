@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import cloned, is_sharded, like, local, reshard
 from .groups import GateTable
 from .unwrap import tensors_in
 
@@ -24,6 +25,7 @@ class Masking:
 
     def __init__(self, model: nn.Module, table: GateTable, gates: Tensor):
         self.model, self.table, self.gates = model, table, gates
+        self._masked: list[Tensor] = []
         self._weights: list[Tensor] | None = None
         self._buffers: list[Tensor] = []
 
@@ -36,10 +38,13 @@ class Masking:
         """Multiply the consumers' columns by the gates, once, and remember them and all buffers."""
         if self.on:
             return
+        reshard(self.model)  # what fully_shard has gathered before is not masked
         parameters = self.table.parameters(self.model)
-        self._weights = [p.clone() for p in parameters]
+        # Put back into the same tensors: within a forward fully_shard shows others under the parameters' names.
+        self._masked = [local(p) for p in parameters]
+        self._weights = [p.clone() for p in self._masked]
         self._buffers = [b.data.clone() for b in self.model.buffers()]
-        torch._foreach_mul_(parameters, self.table.split(self.gates))
+        self.table.scale(parameters, self.gates)
         # autocast keeps low-precision copies of weights, which are stale now.
         torch.clear_autocast_cache()
 
@@ -48,20 +53,21 @@ class Masking:
         """Put columns and buffers (norm statistics among them) back, to the bit."""
         if self._weights is None:
             return
-        torch._foreach_copy_(self.table.parameters(self.model), self._weights)
+        torch._foreach_copy_(self._masked, self._weights)
         for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
             buffer.data.copy_(before)
-        self._weights, self._buffers = None, []
+        self._masked, self._weights, self._buffers = [], None, []
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Turn the gradients in the masked columns into those of the masked loss: dL/dW = w . dL/dW'."""
-        pairs = zip(self.table.names, self.table.split(self.gates), strict=True)
-        for name, gates in pairs:
-            gradient = self.model.get_parameter(name).grad
-            if gradient is not None:
-                gradient.mul_(gates)
+        gradients = [self.model.get_parameter(name).grad for name in self.table.names]
+        pairs = [
+            (g, like(part, g)) for g, part in zip(gradients, self.table.split(self.gates), strict=True) if g is not None
+        ]
+        if pairs:
+            torch._foreach_mul_([g for g, _ in pairs], [part for _, part in pairs])
 
 
 @torch.no_grad()
@@ -82,23 +88,37 @@ class TurnHooks:
     an ordinary one. Nothing else sees masked weights: weights and buffers are put back after the forward,
     masked again when the backward reaches the model's outputs, and put back when it ends, in an exception or
     not. Copies of the model, by deepcopy or pickle, carry hooks that do nothing.
+
+    Args:
+        model: the bare module.
+        called: it, or the wrapper of it whose call the forward hooks go to (see unwrap.uncompiled_call).
+        request: gives the masking.
     """
 
-    def __init__(self, model: nn.Module, request: Callable[[], Masking | None]):
+    def __init__(self, model: nn.Module, called: nn.Module, request: Callable[[], Masking | None]):
         self._request: weakref.WeakMethod[Any] | None = weakref.WeakMethod(request)
         self._masking: Masking | None = None
-        self._recomputing = False
+        self._recomputing = self._ran_masked = False
+        self._sharded = is_sharded(model)
+        # Before fully_shard's own, which gather the parameters, in the forward and again in the backward.
         self._handles = [
-            model.register_forward_pre_hook(self.before),
-            model.register_forward_hook(self.after, always_call=True),
+            called.register_forward_pre_hook(self.before, prepend=True),
+            called.register_forward_hook(self.after, always_call=True, prepend=True),
             model.register_state_dict_pre_hook(self._recover),
         ]
+        if self._sharded:
+            self._handles.append(called.register_forward_hook(self._forget_gathered))
 
     def _recover(self, *_: Any) -> None:
         """Undo what a forward left masked that ended in a KeyboardInterrupt, for which no forward hook is called."""
         if self._masking is not None and torch._C._current_graph_task_id() == -1:
             self._masking.undo()
             self._masking = None
+
+    def _forget_gathered(self, module: nn.Module, *_: Any) -> None:
+        """Let go of masked parameters that fully_shard has gathered and would keep for the backward."""
+        if self._ran_masked:
+            reshard(module)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -118,11 +138,14 @@ class TurnHooks:
         self._masking = masking
 
     @torch.compiler.disable
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         masking, self._masking = self._masking, None
+        self._ran_masked = masking is not None and not self._recomputing
         if masking is None or self._recomputing:
-            return
+            return output
         masking.undo()
+        if self._sharded:
+            output = cloned(output)
 
         def backward_begins(gradient: Tensor) -> None:
             masking.apply()
@@ -134,6 +157,7 @@ class TurnHooks:
                 f"model returned a {type(output).__name__} in which ATO finds no tensor with a gradient: return "
                 "tensors, or containers or objects that hold them"
             )
+        return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurnHooks:
         return _inert()
@@ -156,5 +180,6 @@ class _AtTheEnd:
 
 def _inert() -> TurnHooks:
     hooks = object.__new__(TurnHooks)
-    hooks._request, hooks._masking, hooks._recomputing, hooks._handles = None, None, False, []
+    hooks._request, hooks._masking, hooks._handles = None, None, []
+    hooks._recomputing = hooks._ran_masked = hooks._sharded = False
     return hooks

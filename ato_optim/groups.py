@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .distributed import like, whole
+
 
 @dataclass(frozen=True)
 class LayerGroup:
@@ -67,10 +69,15 @@ class GateTable:
         shapes = ([-1 if d == dim else 1 for d in range(n)] for dim, n in zip(self.dims, self.ndims, strict=True))
         return [part.view(shape) for part, shape in zip(spread.split(self.sizes), shapes, strict=True)]
 
+    def scale(self, parameters: list[Tensor], values: Tensor) -> None:
+        """Multiply all entries of each gate by its value in `values` (gates,), in place."""
+        parts = self.split(values)
+        torch._foreach_mul_(parameters, [like(part, p) for part, p in zip(parts, parameters, strict=True)])
+
     def sum(self, tensors: Sequence[Tensor], gates: int) -> Tensor:
         """Sums of `tensors`, shaped like the parameters, over all entries of each gate: (gates,)."""
         rows = [
-            t if n == 1 else t.sum([d for d in range(n) if d != dim])
+            whole(t if n == 1 else t.sum([d for d in range(n) if d != dim]))
             for t, dim, n in zip(tensors, self.dims, self.ndims, strict=True)
         ]
         out = rows[0].new_zeros(gates + 1)

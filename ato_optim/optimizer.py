@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, resume
 from .budget import least_mask, minimum_widths
-from .compress import Cut, apply_cut, carry_state, check_state, derive_cut
+from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
+from .distributed import watch_wrapper
 from .gating import Masking, TurnHooks, gate_gradient
 from .graph import ForwardFn, call
 from .plan import Plan, make_plan
@@ -20,10 +20,7 @@ from .projection import Projection, halfspace, masked_shares, timed
 from .report import Report
 from .schedule import Schedule
 from .search import Search
-from .unwrap import copy_model, unwrap
-
-VERSION = 1
-"""Version of the format of state_dict()["ato"]."""
+from .unwrap import copy_model, uncompiled_call, unwrap
 
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ATO]] = weakref.WeakKeyDictionary()
 """The ATO that each model has, while both live."""
@@ -123,6 +120,7 @@ class ATO(torch.optim.Optimizer):
         self.cut: Cut | None = None
         self._own = (*vars(self), "_own")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self._called = uncompiled_call(model)
         self._attach()
 
     # --- a torch.optim.Optimizer ---------------------------------------------------------------------------
@@ -132,7 +130,7 @@ class ATO(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
         _OWNERS[self.model] = weakref.ref(self)
         self._turn: Masking | None = None
-        self._hooks = TurnHooks(self.model, self._request_masking) if self.searching else None
+        self._hooks = TurnHooks(self.model, self._called, self._request_masking) if self.searching else None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer. Its parameters are trained; what is prunable was settled before."""
@@ -158,16 +156,21 @@ class ATO(torch.optim.Optimizer):
             closure = closure and _masked(closure, turn)
         loss = self.base.step(closure) if closure is not None else self.base.step()
         self._turn = None
-        if self.search is not None and done == max(1, self.schedule.commit):
-            self._commit(self.search, done)
+        if self.search is not None:
+            checks.learning(done, self.last_turn, self.schedule)
+            if done == max(1, self.schedule.commit):
+                self._set_mask(self.search.settle(self.plan.lots(self.round_to)), done)
+                self._detach()
         self._pull(done)
         self.step_count = done
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay behind, and so do a turn under way and what schedulers have put on the instance.
+        # Hooks stay behind, as do a compiled wrapper, what schedulers have put on the instance, and a turn that has
+        # begun: copies of parameters come without gradients.
         own = {key: value for key, value in vars(self).items() if key in self._own}
-        return {**own, "defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+        shared = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+        return {**own, **shared, "_called": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -175,17 +178,11 @@ class ATO(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state_dict and, under "ato", the pruning's: tensors and plain data only."""
-        state = super().state_dict()
-        state["ato"] = {
-            "version": VERSION,
-            "settings": self._settings(),
-            "step_count": self.step_count,
-            "last_turn": self.last_turn,
-            "mask": self.mask.clone(),
-            "history": [list(entry) for entry in self.history],
-            "search": None if self.search is None else self.search.state_dict(),
-            "cut": None if self.cut is None else asdict(self.cut),
-        }
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state = {**self.base.state_dict(), "ato": resume.pack(self)}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state = post_hook(self, state) or state
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,11 +191,13 @@ class ATO(torch.optim.Optimizer):
         Raises:
             ValueError: if the checkpoint is of another format, model, budget or length of run; nothing is changed.
         """
-        own_cut = None if self.cut is None else asdict(self.cut)
-        saved = checks.checkpoint(state_dict, VERSION, self._settings(), own_cut, self.param_groups)
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved = resume.entry(state_dict, self)
         if saved["cut"] is not None and self.cut is None:
             self._apply(Cut(**saved["cut"]))
-        self.base.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ato"})
         self.step_count, self.last_turn = saved["step_count"], saved["last_turn"]
         self.history = [tuple(entry) for entry in saved["history"]]
         self.mask = saved["mask"].to(self.plan.device)
@@ -206,18 +205,10 @@ class ATO(torch.optim.Optimizer):
             self.search.load_state_dict(saved["search"])
         self._detach()
         self._attach()
-
-    def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        return {
-            "target_flops": self.target_flops,
-            "total_steps": self.total_steps,
-            "groups": [[layer.root, layer.size] for layer in self.plan.groups.layers],
-            "least widths": self.least.tolist(),
-            "round_to": self.round_to,
-            "projection": self.projection,
-            "schedule": asdict(self.schedule),
-        }
+        if saved["turn_begun"]:
+            self._request_masking()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     # --- the order of events -------------------------------------------------------------------------------
 
@@ -237,6 +228,11 @@ class ATO(torch.optim.Optimizer):
         return self.target_flops < 1 and self.phase == "zero"
 
     @property
+    def turn_begun(self) -> bool:
+        """Whether the gradients since the last step() come from a masked network: step() will be a controller turn."""
+        return self._turn is not None
+
+    @property
     def _turn_due(self) -> bool:
         return self.searching and self.schedule.turn_due(self.step_count, self.last_turn)
 
@@ -253,8 +249,7 @@ class ATO(torch.optim.Optimizer):
         turn.undo()
         gradient = gate_gradient(self.model, turn.table, len(self.mask))
         search.learn(self.step_count, gradient, self.schedule.budget(self.step_count, self.target_flops))
-        self.mask = search.proposal()
-        self._note_share(self.step_count)
+        self._set_mask(search.proposal(), self.step_count)
         self.last_turn = self.step_count
 
     @torch.no_grad()
@@ -273,17 +268,11 @@ class ATO(torch.optim.Optimizer):
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
             threshold = self.schedule.grown(step, self.penalty) * float(self.param_groups[0]["lr"]) * shares
             factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
-        torch._foreach_mul_(parameters, producers.split(torch.where(self.mask, 1.0, factor)))
+        producers.scale(parameters, torch.where(self.mask, 1.0, factor))
 
-    def _commit(self, search: Search, step: int) -> None:
-        """Fix the mask."""
-        checks.learned(self.last_turn, self.schedule)
-        self.mask = search.settle(self.plan.lots(self.round_to))
-        self._note_share(step)
-        self._detach()
-
-    def _note_share(self, step: int) -> None:
-        self.history.append((step, self.plan.share(self.mask)))
+    def _set_mask(self, mask: Tensor, step: int) -> None:
+        self.mask = mask
+        self.history.append((step, self.plan.share(mask)))
 
     def _detach(self) -> None:
         if self._hooks is not None:
@@ -306,11 +295,15 @@ class ATO(torch.optim.Optimizer):
 
         Raises:
             ValueError: before the masked channels are zero, saying how many steps are missing; if they are not
-                zero any more; or if `model` is another architecture. Nothing is changed then.
+                zero any more; if `model` is another architecture; or in place, if its parameters cannot be
+                replaced (fully_shard). Nothing is changed then.
         """
         own = model is None or unwrap(model) is self.model
+        if own and inplace:
+            checks.replaceable(self.model)
         if self.target_flops < 1 and self.cut is None:
-            checks.zeroed(self.step_count, self.schedule, not own or self._masked_are_zero())
+            zero = not own or self.plan.groups.producers.closed_are_zero(self.model, self.mask)
+            checks.zeroed(self.step_count, self.schedule, zero)
         cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask)
         target = self.model if model is None else unwrap(model)
         if own and inplace:
@@ -323,17 +316,12 @@ class ATO(torch.optim.Optimizer):
             apply_cut(cut, target)
         return target
 
-    def _masked_are_zero(self) -> bool:
-        return self.plan.groups.producers.closed_are_zero(self.model, self.mask)
-
     def _apply(self, cut: Cut) -> None:
         """Cut the trained model and carry the base optimizer's state over."""
-        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        check_state(self.base, names, cut)
-        replaced = apply_cut(cut, self.model)
-        carry_state(self.base, cut, names, replaced)
+        apply_cut_in_training(cut, self.model, self.base)
         self.cut = cut
         self._detach()
+        watch_wrapper(self._called)
 
     # --- what was found and done ---------------------------------------------------------------------------
 

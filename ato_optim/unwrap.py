@@ -12,34 +12,53 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree
 
+from .distributed import is_sharded, unsharded
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The bare module of `model`, which DDP, DataParallel, AveragedModel or torch.compile may wrap."""
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` and what it wraps (DDP, DataParallel, AveragedModel, torch.compile), the bare module last."""
     while True:
+        yield model
         if isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel)):
             model = model.module
         elif isinstance(model, OptimizedModule):
             model = model._orig_mod
         else:
-            return model
+            return
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The bare module of `model`."""
+    *_, bare = wrappers(model)
+    return bare
+
+
+def uncompiled_call(model: nn.Module) -> nn.Module:
+    """Where hooks that run Python go: the torch.compile wrapper in `model`, if any, whose graph they would break."""
+    chain = list(wrappers(model))
+    return next((module for module in chain if isinstance(module, OptimizedModule)), chain[-1])
 
 
 def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) -> Model:
-    """A deepcopy of `model`, in which every parameter and buffer is what `convert` makes of it, default: a clone.
+    """A deepcopy of `model`, whole where fully_shard has split it.
+
+    Every parameter and buffer is what `convert` makes of it, default: a clone.
 
     Activations that modules keep as attributes, which torch refuses to copy, are detached.
     """
     kept = (value for module in model.modules() for value in vars(module).values())
-    memo: dict[int, Tensor] = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    if convert is not None and is_sharded(model):
+        return copy_model(copy_model(model), convert)
+    memo: dict[int, Any] = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
     if convert is not None:
         for parameter in model.parameters():
             converted = convert(parameter)
             same = converted is parameter
             memo[id(parameter)] = parameter if same else nn.Parameter(converted.detach(), parameter.requires_grad)
         memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, unsharded(model, memo))
 
 
 def skeleton(model: Model) -> Model:

@@ -8,6 +8,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="how often test_interruption.py kills a training process")
+
+
+@pytest.fixture
+def kills(request):
+    return request.config.getoption("--kills")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -4,7 +4,13 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+import torch
+from networks import Flatten, batches, example
+from torch.utils.data import DataLoader, TensorDataset
+
 import ato_optim
+from ato_optim.cost import count_macs
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -37,3 +43,54 @@ def test_links_within_the_docs_lead_somewhere():
 def test_no_table_waits_for_its_figures():
     for name, text in PAGES.items():
         assert not re.search(r"<!-- (?!end)[^>]*-->\n<!-- end -->", text), name
+
+
+LOOPS = re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGES["loops.md"], re.MULTILINE | re.DOTALL)
+RECIPES = [(title, block) for title, text in LOOPS for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+NEEDS = {"Lightning": "lightning", "Hugging Face Accelerate": "accelerate"}
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("title", "recipe"), RECIPES, ids=[title for title, _ in RECIPES])
+def test_recipes_for_loops_run_and_prune(title, recipe, tmp_path, request):
+    """Each block of the page, after the one at its top."""
+    if title in NEEDS:
+        pytest.importorskip(NEEDS[title], reason=f"{NEEDS[title]} is not installed: ato_optim[integrations]")
+    if title.startswith("Several processes"):
+        request.getfixturevalue("one_process")
+    loader = DataLoader(TensorDataset(*map(torch.cat, zip(*batches(8), strict=True))), batch_size=8)
+    names = {
+        "make_model": Flatten, "loader": loader, "criterion": torch.nn.CrossEntropyLoss(), "epochs": 4,
+        "example_inputs": example(1), "path": str(tmp_path / "run"), "backend": "aot_eager",
+    }  # fmt: skip
+    torch._dynamo.reset()
+    exec(re.search(r"```python\n(.*?)```", PAGES["loops.md"], re.DOTALL)[1], names)
+    exec(recipe, names)
+    if "small" in recipe:
+        macs = [count_macs(model, example(1))[""] for model in (Flatten(), names["small"])]
+        assert macs[1] <= 0.52 * macs[0]
+    else:
+        assert names["optimizer"].report().step > 0
+
+
+def test_errors_that_the_page_on_loops_quotes_are_the_packages():
+    """What stands in the table in code style is said by the source, but for what torch says."""
+    source = "".join(path.read_text() for path in (ROOT / "ato_optim").glob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    table = PAGES["loops.md"].partition("| what does not work")[2]
+    quoted = re.findall(r"`(?:TypeError|ValueError|RuntimeError|UserWarning): ([^`]*)`", table)
+    assert len(quoted) >= 8
+    for text in quoted:
+        if text == "size mismatch":
+            continue
+        words = re.sub(r"holds 2 ", "holds {len(foreign)} ", text)
+        for part in words.replace("model is under", "is under").replace("model is split", "is split").split(" ... "):
+            assert part.removeprefix("the state").strip() in source.replace('\\"', '"'), part

@@ -1,0 +1,105 @@
+"""What training in several processes asks for; torch.distributed is the engine.
+
+DistributedDataParallel averages gradients, so that all ranks do the same. Under fully_shard (FSDP2) each rank holds a
+part of every parameter: products with a vector over gates and sums over entries stay what they are, as torch's
+DTensor takes each rank's part of the vector and reduces the sums.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard has split the parameters of `model`."""
+    return isinstance(model, FSDPModule)
+
+
+def check(model: nn.Module) -> None:
+    """Raise ValueError unless the parameters of `model` are whole, or all split by fully_shard."""
+    split = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    if not split and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return
+    whole = next((name for name, _ in model.named_parameters() if name not in split), None)
+    if whole is not None or not is_sharded(model):
+        raise ValueError(
+            f"model ({type(model).__name__}) is split over processes in part, or by other means than fully_shard"
+            f"{'' if whole is None else f': {whole} is whole'}; apply fully_shard to the model itself too, without "
+            "ignored_params, and pass that"
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or what its shards on all ranks make up: a collective call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or this rank's shard of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`, which is the same on every rank, fit for arithmetic with `other`."""
+    if not isinstance(other, DTensor):
+        return tensor
+    placements = [Replicate()] * other.device_mesh.ndim
+    return DTensor.from_local(tensor, other.device_mesh, placements, run_check=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole parameters that fully_shard keeps of `model` from forward to backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def cloned(output: Any) -> Any:
+    """`output` with clones for its tensors: hooks on their gradients run before those that fully_shard put on it."""
+    return _pytree.tree_map_only(Tensor, torch.clone, output)
+
+
+def unsharded(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """`memo` for a deepcopy of `model` in which whole parameters and plain modules replace what fully_shard made.
+
+    A collective call. The hooks of modules that fully_shard was applied to, which are its own, stay behind.
+    """
+    if not is_sharded(model):
+        return memo
+    reshard(model)
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(whole(parameter.detach()).clone(), parameter.requires_grad)
+    for module in reversed(list(model.modules())):  # children before those that hold them
+        if isinstance(module, FSDPModule):
+            plain = nn.Module()
+            hooks = {key for key in vars(plain) if "hook" in key}
+            kept = {k: v for k, v in vars(module).items() if k not in hooks and not k.startswith("__composable_api")}
+            plain.__class__ = type(module).__mro__[2]  # after FSDP<class> and FSDPModule: the class itself
+            memo[id(module)] = plain
+            vars(plain).update(copy.deepcopy(kept, memo))
+    return memo
+
+
+def watch_wrapper(model: nn.Module) -> None:
+    """Let training forwards of `model`, some parameters of which were replaced, raise in a wrapper that has the old."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        model.register_forward_pre_hook(_refuse_stale_wrapper)
+
+
+def _refuse_stale_wrapper(module: nn.Module, _: Any) -> None:
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is None or not module.training or not torch.is_grad_enabled():
+        return
+    if not set(wrapper._module_parameters) <= set(wrapper.module.parameters()):
+        raise RuntimeError(
+            "model is wrapped in a DistributedDataParallel from before compress(), which would not average the "
+            "gradients of the smaller parameters: wrap it again, model = DistributedDataParallel(model.module)"
+        )

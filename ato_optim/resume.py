@@ -1,0 +1,97 @@
+"""The checkpoint of a run: the pruning's entry in the optimizer's state_dict, and what it must agree with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .optimizer import ATO
+
+VERSION = 2
+"""Version of the format of state_dict()["ato"]."""
+
+
+def settings(ato: ATO) -> dict[str, Any]:
+    """What the rest of a run depends on and a new ATO must be built with again, as plain data."""
+    search = ato.search
+    return {
+        "parameters": {name: list(shape) for name, shape in ato.plan.shapes.items()},
+        "groups": [[layer.root, layer.size] for layer in ato.plan.groups.layers],
+        "base_optimizer": type(ato.base).__name__,
+        "MACs of example_inputs": round(ato.plan.cost.dense),
+        "target_flops": ato.target_flops,
+        "total_steps": ato.total_steps,
+        "schedule": asdict(ato.schedule),
+        "least widths": ato.least.tolist(),
+        "round_to": ato.round_to,
+        "projection": ato.projection,
+        "penalty": [float(value) for value in ato.penalty],
+        "epsilon": float(ato.epsilon),
+        "gamma": None if search is None else float(search.gamma),
+        "seed": None if search is None else search.seed,
+    }
+
+
+def pack(ato: ATO) -> dict[str, Any]:
+    """All of a run that the base optimizer does not hold: tensors and plain data only."""
+    return {
+        "version": VERSION,
+        "settings": settings(ato),
+        "step_count": ato.step_count,
+        "last_turn": ato.last_turn,
+        "turn_begun": ato.turn_begun,
+        "mask": ato.mask.clone(),
+        "history": [list(entry) for entry in ato.history],
+        "search": None if ato.search is None else ato.search.state_dict(),
+        "cut": None if ato.cut is None else asdict(ato.cut),
+    }
+
+
+def entry(state_dict: dict[str, Any], ato: ATO) -> dict[str, Any]:
+    """The pruning's entry of `state_dict`, if `ato` can go on from it.
+
+    Raises:
+        ValueError: saying what differs, if it was taken from another format, model, budget or length of run.
+    """
+    saved = state_dict.get("ato")
+    if saved is None:
+        raise ValueError(
+            'state_dict has no entry "ato": it was not taken from an ATO; load it into the base optimizer instead'
+        )
+    if saved["version"] != VERSION:
+        raise ValueError(
+            f"state_dict has format version {saved['version']}, this ato_optim reads {VERSION}: go on with the "
+            "ato_optim that wrote it"
+        )
+    _agree(saved["settings"], settings(ato))
+    if ato.cut is not None and saved["cut"] != asdict(ato.cut):
+        raise ValueError(
+            "state_dict was taken before compress() or with another cut, and this ATO's model is compressed: load into "
+            "a fresh one"
+        )
+    sizes = [[len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], ato.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"state_dict has parameter groups of sizes {sizes[0]}, this ATO of sizes {sizes[1]}")
+    return saved
+
+
+def _agree(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise ValueError, naming the first thing that differs, unless both settings are the same."""
+    for name in dict.fromkeys((*there["parameters"], *here["parameters"])):
+        shapes = [side["parameters"].get(name, "missing") for side in (there, here)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"state_dict belongs to another model: parameter {name} is {shapes[0]} there and {shapes[1]} here"
+            )
+    if there["groups"] != here["groups"]:
+        one, other = ({root for root, _ in side["groups"]} for side in (there, here))
+        raise ValueError(
+            f"state_dict belongs to another model: the groups of {', '.join(sorted(one ^ other))} are prunable in one "
+            "of them alone; build model and ATO with the same frozen and ignored layers"
+        )
+    for name, value in here.items():
+        if there[name] != value:
+            raise ValueError(
+                f"state_dict was taken with {name}={there[name]}, this ATO has {name}={value}: build alike"
+            )
