@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Group, Node
 from torch_pruning.ops import OPTYPE
 
-from .distributed import like, whole
 from .guard import settling
+from .sharding import like, whole
 from .unwrap import tensors_in
 
 ForwardFn = Callable[[nn.Module, Any], Any]
