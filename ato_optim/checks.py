@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from . import distributed
+from . import sharding
 from .plan import Plan
 from .projection import Projection
 from .schedule import Schedule
@@ -37,7 +37,7 @@ def base_and_model(base: Any, model: Any) -> nn.Module:
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is trained")
     root = unwrap(model)
     tractable(root)
-    distributed.check(root)
+    sharding.check(root)
     _parameters(base, root)
     return root
 
@@ -200,7 +200,7 @@ def zeroed(step: int, schedule: Schedule, zero: bool) -> None:
 
 def replaceable(model: nn.Module) -> None:
     """The parameters of `model` can be replaced by smaller ones."""
-    if distributed.is_sharded(model):
+    if sharding.is_sharded(model):
         raise ValueError(
             f"model ({type(model).__name__}) is under fully_shard, which holds on to its parameters: "
             "compress(inplace=False), called on all ranks, returns the smaller network whole; to train on, apply "

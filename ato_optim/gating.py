@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import cloned, is_sharded, like, local, reshard
 from .groups import GateTable
+from .sharding import cloned, is_sharded, like, local, reshard
 from .unwrap import tensors_in
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .distributed import like, whole
+from .sharding import like, whole
 
 
 @dataclass(frozen=True)

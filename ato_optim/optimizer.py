@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from . import checks, resume
 from .budget import least_mask, minimum_widths
 from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
-from .distributed import watch_wrapper
 from .gating import Masking, TurnHooks, gate_gradient
 from .graph import ForwardFn, call
 from .plan import Plan, make_plan
@@ -20,7 +19,7 @@ from .projection import Projection, halfspace, masked_shares, timed
 from .report import Report
 from .schedule import Schedule
 from .search import Search
-from .unwrap import copy_model, uncompiled_call, unwrap
+from .unwrap import copy_model, uncompiled_call, unwrap, watch_wrapper
 
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ATO]] = weakref.WeakKeyDictionary()
 """The ATO that each model has, while both live."""

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree
 
-from .distributed import is_sharded, unsharded
+from .sharding import is_sharded, unsharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,6 +40,26 @@ def uncompiled_call(model: nn.Module) -> nn.Module:
     """Where hooks that run Python go: the torch.compile wrapper in `model`, if any, whose graph they would break."""
     chain = list(wrappers(model))
     return next((module for module in chain if isinstance(module, OptimizedModule)), chain[-1])
+
+
+def watch_wrapper(model: nn.Module) -> None:
+    """Let training forwards of `model`, some parameters of which were replaced, raise in a wrapper that has the old."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        model.register_forward_pre_hook(_refuse_stale_wrapper)
+
+
+@torch.compiler.disable
+def _refuse_stale_wrapper(module: nn.Module, _: Any) -> None:
+    if not module.training or not torch.is_grad_enabled():
+        return
+    for wrapper in (DistributedDataParallel._active_ddp_module, *wrappers(module)):
+        if isinstance(wrapper, DistributedDataParallel) and not (
+            set(wrapper._module_parameters) <= set(wrapper.module.parameters())
+        ):
+            raise RuntimeError(
+                "model is wrapped in a DistributedDataParallel from before compress(), which would not average the "
+                "gradients of the smaller parameters: wrap it again, model = DistributedDataParallel(model.module)"
+            )
 
 
 def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) -> Model:

@@ -9,8 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from networks import Flatten, Residual, batches, example
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
@@ -183,7 +184,10 @@ def sharded(rank, world, projection, layout):
 
 
 def half_sharded(rank, world):
-    """What is refused: a model that is sharded in part, and a checkpoint that has lost the pruning's entry."""
+    """What is refused: models that are split in part or by other means, a checkpoint without the pruning's entry."""
+    split = distribute_module(plain(), init_device_mesh("cpu", (world,)))
+    with pytest.raises(ValueError, match="by other means than fully_shard; apply fully_shard to the model itself too"):
+        wrap(split, split)
     model = sharded_model("parts")
     optimizer = wrap(model, model)
     weights, state = get_state_dict(model, optimizer)

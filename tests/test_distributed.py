@@ -5,6 +5,7 @@ import ranks
 import torch
 import torch.distributed
 import torch.multiprocessing
+from networks import batches
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
@@ -63,6 +64,32 @@ def test_a_wrapper_from_before_the_cut_is_refused_and_a_new_one_goes_on(two):
     for result in two["cut"]:
         assert result["phase"] == "compressed"
         assert "wrap it again, model = DistributedDataParallel(model.module)" in result["refused"]
+
+
+@pytest.fixture
+def group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("given", "used"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 2)])
+def test_a_wrapper_from_before_the_cut_is_found_wherever_it_is(group, given, used):
+    """ATO was given the module, its wrapper, or that compiled."""
+    model = ranks.plain()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    forms = model, ddp, torch.compile(ddp, backend="eager")
+    optimizer = ranks.wrap(model, forms[given])
+    for x, y in batches(ranks.STEPS):
+        ranks.step(forms[used], optimizer, x.double(), y)
+        if optimizer.removable:
+            optimizer.compress()
+            break
+    with pytest.raises(RuntimeError, match="wrap it again"):
+        forms[used](x.double())
+    again = torch.compile(torch.nn.parallel.DistributedDataParallel(model), backend="eager")
+    ranks.step(again, optimizer, x.double(), y)
 
 
 @pytest.mark.parametrize("projection", ["timed", "halfspace"])

@@ -199,14 +199,6 @@ def test_short_runs(total_steps):
     assert report.macs_after <= 0.5 * report.macs_before
 
 
-def test_channels_last_survives_compress():
-    model, optimizer = make()
-    model.to(memory_format=torch.channels_last)
-    train(model, optimizer, 60)
-    optimizer.compress()
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
-
-
 @pytest.mark.parametrize("stop", [3, 8, 20, 29, 33, 45])
 @pytest.mark.parametrize("early", [False, True])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, early):
@@ -243,18 +235,6 @@ def test_a_copy_of_model_and_optimizer_trains_like_the_original():
     assert twin.model is not model and twin.param_groups is twin.base.param_groups
     assert train(twin.model, twin, 30, skip=10) == train(model, optimizer, 30, skip=10)
     assert torch.equal(twin.mask, optimizer.mask)
-
-
-def test_groups_and_zero_grad_are_the_base_optimizers():
-    model, optimizer = make(Flatten)
-    extra = torch.nn.Parameter(torch.ones(2))
-    optimizer.add_param_group({"params": [extra], "lr": 0.5})
-    assert optimizer.param_groups[-1] is optimizer.base.param_groups[-1]
-    assert optimizer.param_groups[-1]["momentum"] == 0.9
-    train(model, optimizer, 1)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in model.parameters())
-    assert "SGD" in repr(optimizer.base) and "lr: 0.5" in repr(optimizer)
 
 
 def test_closures():
@@ -300,31 +280,3 @@ def test_state_over_all_parameters_is_refused_by_compress_and_nothing_is_lost():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     small = optimizer.compress(inplace=False)
     assert difference(model.eval()(example()), small.eval()(example())) < 1e-5
-
-
-def test_loss_scaling_and_its_skipped_steps():
-    """A scale of 65,536 changes no update of the controller; a step skipped for inf advances nothing."""
-    results = []
-    for scaled in (False, True):
-        model, optimizer = make(base="fused adam")
-        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=10_000, enabled=scaled)
-        for step, (x, y) in enumerate(batches(30)):
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            if scaled and step in (5, 15):
-                before, count = copy.deepcopy(model.state_dict()), optimizer.step_count
-                scaler.scale(F.cross_entropy(model(x), y) * float("inf")).backward()
-                buffers = {name for name, _ in model.named_buffers()}
-                scaler.step(optimizer)
-                assert optimizer.step_count == count
-                assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k not in buffers)
-                model.load_state_dict(before)
-                scaler.update(65536.0)
-                optimizer.zero_grad()
-            scaler.scale(F.cross_entropy(model(x), y)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        results.append(optimizer)
-    one, other = results
-    assert one.step_count == other.step_count
-    torch.testing.assert_close(one.search.controller.head, other.search.controller.head, rtol=1e-3, atol=1e-5)

@@ -1,8 +1,7 @@
-"""What training in several processes asks for; torch.distributed is the engine.
+"""Models under fully_shard (FSDP2), of whose parameters each process holds a part: torch's DTensor does the arithmetic.
 
-DistributedDataParallel averages gradients, so that all ranks do the same. Under fully_shard (FSDP2) each rank holds a
-part of every parameter: products with a vector over gates and sums over entries stay what they are, as torch's
-DTensor takes each rank's part of the vector and reduces the sums.
+A masking and a pull multiply whole parameters by a vector over gates, gate gradients and norms are sums over entries.
+With the vector the same on every rank, DTensor takes each rank's part of it and reduces the sums.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 
@@ -86,20 +84,3 @@ def unsharded(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
             memo[id(module)] = plain
             vars(plain).update(copy.deepcopy(kept, memo))
     return memo
-
-
-def watch_wrapper(model: nn.Module) -> None:
-    """Let training forwards of `model`, some parameters of which were replaced, raise in a wrapper that has the old."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        model.register_forward_pre_hook(_refuse_stale_wrapper)
-
-
-def _refuse_stale_wrapper(module: nn.Module, _: Any) -> None:
-    wrapper = DistributedDataParallel._active_ddp_module
-    if wrapper is None or not module.training or not torch.is_grad_enabled():
-        return
-    if not set(wrapper._module_parameters) <= set(wrapper.module.parameters()):
-        raise RuntimeError(
-            "model is wrapped in a DistributedDataParallel from before compress(), which would not average the "
-            "gradients of the smaller parameters: wrap it again, model = DistributedDataParallel(model.module)"
-        )
