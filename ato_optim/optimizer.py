@@ -41,7 +41,7 @@ class ATO(torch.optim.Optimizer):
         total_steps: length of the run in calls of step(). Longer runs go on with the committed network.
         ignored_layers: modules, or their names, whose output channels all stay.
         forward_fn: how to run the model, `forward_fn(model, example_inputs)`, where `model(example_inputs)` will
-            not do. It must call `model`, and may choose among what that returns.
+            not do. It returns the outputs, and may call parts of `model` alone.
         min_width: share of the channels that every layer keeps at least, in [0, 1].
         round_to: widths are multiples of this (or the dense width).
         projection: what pulls masked channels to zero: "timed" (default), or "proximal" or "halfspace" as in

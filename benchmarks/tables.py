@@ -155,6 +155,67 @@ def commands(runs: Runs) -> str:
     return "\n".join([*lines, "", *(f"On {line}." for line in sorted(seen))])
 
 
+def load_zoo() -> dict[str, Any]:
+    """What zoo.py measured."""
+    return json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text())
+
+
+def zoo(models: dict[str, dict[str, Any]]) -> str:
+    """One row a model."""
+    rows = [
+        "| model | groups | prunable MACs | least budget | kept of asked | largest difference | MACs as predicted | "
+        "exports | construction, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in models.items():
+        if "difference" not in found:
+            rows.append(f"| {name} | not pruned: {found.get('refused') or found['error']} |  |  |  |  |  |  |  |")
+            continue
+        exports = "yes" if found["exports"] else "**no**" if found["dense_exports"] else "nor does the dense one"
+        rows.append(
+            f"| {name} | {found['groups']} | {found['covered']:.1%} | {found['least']:.3f} | "
+            f"{found['kept']:.4f} of {found['budget']:.4f} | {found['difference']:.0e} | "
+            f"{'yes' if found['predicted_macs'] == found['measured_macs'] else '**no**'} | {exports} | "
+            f"{found['seconds']:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def zoo_summary(models: dict[str, dict[str, Any]]) -> str:
+    """What holds of how many models."""
+    pruned = [found for found in models.values() if "difference" in found]
+    exact = sum(found["difference"] <= 1e-4 for found in pruned)
+    met = sum(0.99 * found["budget"] <= found["kept"] <= found["budget"] for found in pruned)
+    predicted = sum(found["predicted_macs"] == found["measured_macs"] for found in pruned)
+    lost = sum(not found["exports"] and found["dense_exports"] for found in pruned)
+    return "\n".join(
+        [
+            f"- {len(models)} models, {len(pruned)} pruned; of these {exact} exact to 1e-4 of the largest output (the largest "
+            f"difference is {max(found['difference'] for found in pruned):.0e}), {met} within their budget and less than 1 % "
+            f"below it, {predicted} with the MACs that were predicted, to the unit;",
+            f"- least budget: median {statistics.median(found['least'] for found in pruned):.3f}, largest "
+            f"{max(found['least'] for found in pruned):.3f};",
+            f"- graph, groups, analysis and proof: median {statistics.median(found['seconds'] for found in pruned):.1f} s, "
+            f"longest {max(found['seconds'] for found in pruned):.1f} s;",
+            f"- {lost} export dense and not pruned.",
+        ]
+    )
+
+
+def zoo_reasons(models: dict[str, dict[str, Any]]) -> str:
+    """Why layers are left alone, and in how many models and layers."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for model in models.values():
+        merged: dict[str, int] = defaultdict(int)
+        for reason, layers in model.get("left_out", {}).items():
+            merged[re.sub(r"\(.*\)$|(?<= at ).*|(?<=channels where ).*", "...", re.sub(r"\d+", "n", reason))] += layers
+        for reason, layers in merged.items():
+            found[reason].append(layers)
+    rows = ["| the layer ... | models | layers |", "| --- | --- | --- |"]
+    most = sorted(found.items(), key=lambda item: -len(item[1]))
+    return "\n".join([*rows, *(f"| {reason} | {len(layers)} | {sum(layers)} |" for reason, layers in most)])
+
+
 def draw_accuracy(runs: Runs, path: Path) -> None:
     """Accuracy against the share of MACs that is kept: means over seeds, with the standard deviation."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
@@ -228,7 +289,15 @@ def main() -> None:
     if ablations:
         tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
     fill(ROOT / "docs" / "results.md", tables)
-    fill(ROOT / "README.md", {"comparison": tables["comparison"]})
+    whole_zoo = load_zoo()
+    models = whole_zoo["models"]
+    made = f"`{whole_zoo['command']}` at commit {whole_zoo['commit'][:7]}, " + ", ".join(
+        f"{package} {number}" for package, number in whole_zoo["versions"].items()
+    )
+    summary = zoo_summary(models)
+    zoo_tables = {"zoo": zoo(models), "zoo reasons": zoo_reasons(models), "zoo summary": summary, "zoo command": made}
+    fill(ROOT / "docs" / "models.md", zoo_tables)
+    fill(ROOT / "README.md", {"comparison": tables["comparison"], "zoo summary": summary})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     draw_report(ato[0], FIGURES / "widths.png")
     methods = next(iter(budgets(cifar).values()))
