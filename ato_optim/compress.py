@@ -83,11 +83,11 @@ def _kept(model: nn.Module, groups: Groups, mask: Tensor) -> dict[str, dict[int,
 
 def _close_groups(conv: Any, inputs: list[int], outputs: list[int]) -> None:
     """Remove whole groups of a grouped convolution, where torch-pruning would thin out all of them."""
-    rows = inputs if conv.transposed else outputs
+    gone = set(inputs if conv.transposed else outputs)
     conv.groups -= conv.groups * len(outputs) // conv.out_channels
     conv.in_channels -= len(inputs)
     conv.out_channels -= len(outputs)
-    keep = [k for k in range(len(conv.weight)) if k not in set(rows)]
+    keep = [k for k in range(len(conv.weight)) if k not in gone]
     conv.weight = nn.Parameter(conv.weight[keep])
     if conv.bias is not None:
         conv.bias = nn.Parameter(conv.bias[: conv.out_channels])

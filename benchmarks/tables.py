@@ -291,7 +291,7 @@ def main() -> None:
     fill(ROOT / "docs" / "results.md", tables)
     whole_zoo = load_zoo()
     models = whole_zoo["models"]
-    made = f"`{whole_zoo['command']}` at commit {whole_zoo['commit'][:7]}, " + ", ".join(
+    made = f"`{whole_zoo['command']}`, " + ", ".join(
         f"{package} {number}" for package, number in whole_zoo["versions"].items()
     )
     summary = zoo_summary(models)

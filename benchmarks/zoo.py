@@ -125,12 +125,12 @@ def one(name: str) -> dict:
     def base() -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=1e-3)
 
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     try:
         least = ATO(base(), model, inputs, target_flops=1, **arguments)
     except (TypeError, ValueError) as error:
         return result | {"refused": str(error)}
-    result["seconds"] = time.perf_counter() - begin
+    result |= {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
     report = least.report()
     budget = (1 + least.least_flops) / 2
     reasons = {reason: len(layers) for layers, reason in report.left_out}
@@ -168,7 +168,9 @@ def in_process(name: str, limit: int) -> dict:
         return {"name": name, "error": f"no end after {limit} s"}
     if done.returncode:
         return {"name": name, "error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1]) | {"total_seconds": time.perf_counter() - begin}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    seconds = time.perf_counter() - begin
+    return json.loads(done.stdout.splitlines()[-1]) | {"total_seconds": seconds, "commit": commit}
 
 
 def main() -> None:
@@ -186,7 +188,6 @@ def main() -> None:
     names = [name for name in torchvision.models.list_models() if re.search(args.only, name) and name not in known]
     facts = {
         "command": "python benchmarks/zoo.py",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "machine": platform.machine(),
         "versions": {package: version(package) for package in ("torch", "torchvision", "torch-pruning")},
     }
