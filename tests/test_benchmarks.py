@@ -1,4 +1,4 @@
-"""The benchmark script: every method runs, and a killed run goes on as if it had not been."""
+"""The benchmarks: every method runs, a killed run goes on as if it had not been, and tables count right."""
 
 import json
 import signal
@@ -8,10 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from networks import Residual, batches, example
+
+from ato_optim import ATO
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "train.py"
+sys.path.insert(0, str(SCRIPT.parent))
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+import tables
+from chance import leave_to_chance
 
 
 def command(folder, *options):
@@ -57,3 +66,60 @@ def test_a_killed_run_goes_on_to_the_same_result(early, tmp_path):
     resumed = run(folder, *early, "--resume")
     for key in ("accuracy", "macs", "parameters", "report"):
         assert resumed[key] == whole[key], key
+
+
+def finished(method, seed, accuracy, budget=0.45, **more):
+    arguments = {"method": method, "seed": seed, "target_flops": budget, "ato": {}, "early": True} | more
+    kept = 1.0 if method == "dense" else budget
+    widths = {"stem": 16, "fc": 10} if method == "dense" else {"stem": 7, "fc": 10}
+    return {
+        "arguments": arguments, "accuracy": accuracy, "macs_kept": kept, "parameters": 100 * kept,
+        "dense_parameters": 100, "seconds": 60.0, "widths": widths,
+    }  # fmt: skip
+
+
+def test_tables_compare_seed_by_seed_and_budget_by_budget(tmp_path):
+    runs = [finished("dense", seed, 90.0 + seed) for seed in range(3)]
+    runs += [finished("ato", seed, 89.0 + seed + noise) for seed, noise in enumerate((0.1, 0.0, -0.1))]
+    runs += [finished("narrow", seed, 87.0 + seed) for seed in range(2)]
+    runs += [finished("ato", 0, 88.0, budget=0.3)]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.comparison(runs).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        ["45 %", "dense"], ["45 %", "narrow"], ["45 %", "ato"], ["30 %", "dense"], ["30 %", "ato"],
+    ]  # fmt: skip
+    assert rows[2][2:4] == ["90.00 ± 0.90", "-1.00 ± 0.06"]  # deviation over seeds; error of the paired change
+    assert rows[1][4] == "+2.05 ± 0.05"  # over the two seeds that both have
+    assert rows[4][2:] == ["88.00", "-2.00", "", "30.0 %", "30.0 %", "60", "1"]
+    tables.draw_accuracy(runs, tmp_path / "accuracy.png")
+    tables.draw_layers(runs, tmp_path / "layers.png")
+    assert (tmp_path / "accuracy.png").stat().st_size and (tmp_path / "layers.png").stat().st_size
+
+
+def test_the_ablation_names_each_change():
+    runs = [finished("ato", seed, 80.0 + seed) for seed in range(2)]
+    runs += [finished("ato", seed, 79.0 + seed, ato={"interval": 5}) for seed in range(2)]
+    runs += [finished("random", 0, 78.0), finished("ato", 0, 80.0, early=False)]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.ablation(runs).splitlines()[2:]]
+    assert sorted(row[0] for row in rows) == ['`{"interval": 5}`', "none", "random", "removed at the end"]
+    assert {row[0]: row[2] for row in rows}['`{"interval": 5}`'] == "+1.00 ± 0.00"
+
+
+def test_chance_keeps_its_mask_within_every_budget_of_the_moment_and_resumes():
+    torch.manual_seed(0)
+    masks = []
+    for seed in (0, 1):
+        model = Residual()
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = leave_to_chance(ATO(base, model, example(), target_flops=0.5, total_steps=60, seed=seed))
+        for x, y in batches(60):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            saved = optimizer.state_dict()
+            optimizer.load_state_dict(saved)
+        turns = [(step, share) for step, share in optimizer.history if step < optimizer.schedule.commit]
+        assert turns and all(share <= optimizer.schedule.budget(step, 0.5) for step, share in turns)
+        assert 0.4 < optimizer.history[-1][1] <= 0.5
+        masks.append(optimizer.mask)
+        optimizer.compress()
+    assert not torch.equal(*masks)
