@@ -23,8 +23,8 @@ class Chance(Search):
         self.scores = torch.rand(own.plan.groups.num_gates, generator=generator).to(own.plan.device)
         self.budget = 1.0
 
-    def _mask(self, budget: float, round_to: int = 1) -> Tensor:
-        return solve(self.scores, self.plan.layer_of_gate, self.plan.cost, budget, self.least, round_to)
+    def _mask(self, budget: float, lots: Tensor | int = 1) -> Tensor:
+        return solve(self.scores, self.plan.layer_of_gate, self.plan.cost, budget, self.least, lots)
 
     def gates(self, step: int) -> Tensor:
         return self._mask(self.budget).float()
@@ -35,8 +35,8 @@ class Chance(Search):
     def proposal(self) -> Tensor:
         return self._mask(self.budget)
 
-    def settle(self, round_to: int) -> Tensor:
-        return self._mask(self.target, round_to)
+    def settle(self, lots: Tensor) -> Tensor:
+        return self._mask(self.target, lots)
 
     def state_dict(self) -> dict[str, Any]:
         return {"budget": self.budget}

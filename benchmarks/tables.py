@@ -197,7 +197,7 @@ def zoo_summary(models: dict[str, dict[str, Any]]) -> str:
         f"- {met} at most at their budget and less than 1 % below it;",
         f"- {predicted} with the MACs that were predicted, to the unit;",
         f"- least budget {statistics.median(least):.3f} in the median, {max(least):.3f} at the most;",
-        f"- planned (graph, groups, trial) in {statistics.median(seconds):.1f} s in the median, {max(seconds):.1f} s at "
+        f"- planned (graph, groups, trial) in {statistics.median(seconds):.1f} s in the median, {max(seconds):.1f} at "
         "the longest (one thread of a busy machine);",
         f"- {lost} that cannot be exported although the dense model can.",
     ]
