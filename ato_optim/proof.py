@@ -46,8 +46,8 @@ def _thirds(groups: Groups, chosen: Sequence[LayerGroup]) -> list[Tensor]:
     its share.
     """
     masks = [torch.ones(groups.num_gates, dtype=torch.bool) for _ in range(3)]
-    generator = torch.Generator().manual_seed(1)
     for layer in chosen:
+        generator = torch.Generator().manual_seed(layer.start)  # the same third, whichever others are chosen
         first = max(1, layer.size // 3)
         others = first + torch.randperm(layer.size - first, generator=generator)
         for mask, closed in zip(masks, (torch.arange(first), *others.tensor_split(2)), strict=True):
@@ -96,7 +96,7 @@ def wandering_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn
     called: list[set[str]] = []
     handles = [m.register_forward_pre_hook(lambda m, _: called[-1].add(layers[m])) for m in layers]
     try:
-        for inputs in (example_inputs, *(_redrawn(example_inputs, seed) for seed in range(3))):
+        for inputs in (example_inputs, _redrawn(example_inputs, 0), _redrawn(example_inputs, 1)):
             called.append(set())
             forward_fn(model.eval(), inputs)
     except Exception:  # values that the model refuses tell nothing about its layers
@@ -152,18 +152,19 @@ class Trial:
 
     def objection(self, groups: Groups, mask: Tensor) -> str | None:
         """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
-        pruned = sharing_copy(self.model)
-        restore = zero_producers(self.model, groups, mask)
         try:
-            expected, counts = counted(self.model, self.inputs, self.forward_fn)
-            predicted = build_cost(self.model, groups, counts)(mask).item()
+            pruned = sharing_copy(self.model)
             apply_cut(derive_cut(pruned, groups, mask), pruned)
             found, counts = counted(pruned, self.inputs, self.forward_fn)
-            apart = difference(expected, found)
         except Exception as error:  # whatever the cut model raises is a reason to leave the group alone
             return f"cannot go: the forward fails without it ({type(error).__name__}: {_first_line(error)})"
+        restore = zero_producers(self.model, groups, mask)
+        try:
+            expected, dense_counts = counted(self.model, self.inputs, self.forward_fn)
         finally:
             restore()
+        apart = difference(expected, found)
+        predicted = build_cost(self.model, groups, dense_counts)(mask).item()
         if not apart <= TOLERANCE:
             return f"its removal would change the output by {apart:.0e} of the largest value"
         if counts[""] != predicted:
@@ -173,21 +174,23 @@ class Trial:
         return None
 
     def failures(self, groups: Groups) -> dict[str, str]:
-        """Root layers of the groups that fail, with the reason: found by halving."""
-        failed: dict[str, str] = {}
-        stack = [groups.layers] if groups.layers else []
-        while stack:
-            chosen = stack.pop()
-            reasons = (self.objection(groups, mask) for mask in _thirds(groups, chosen))
-            reason = next((reason for reason in reasons if reason is not None), None)
-            if reason is None:
-                continue
-            if len(chosen) == 1:
-                failed[chosen[0].root] = reason
-            else:
-                half = len(chosen) // 2
-                stack += [chosen[:half], chosen[half:]]
-        return failed
+        """Root layers of groups that fail, with the reason; none only if all groups pass together."""
+        for third in range(3):
+            failed = self._culprits(groups, groups.layers, third)
+            if failed:
+                return failed
+        return {}
+
+    def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], third: int) -> dict[str, str]:
+        """Which of the `chosen` groups fail: found by halving, all of them if they fail together alone."""
+        reason = self.objection(groups, _thirds(groups, chosen)[third]) if chosen else None
+        if reason is None:
+            return {}
+        half = len(chosen) // 2
+        found = {} if half == 0 else self._culprits(groups, chosen[:half], third)
+        if half:
+            found |= self._culprits(groups, chosen[half:], third)
+        return found or {layer.root: reason for layer in chosen}
 
 
 def _first_line(error: Exception) -> str:

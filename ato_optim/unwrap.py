@@ -69,7 +69,7 @@ def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) 
 
     Activations that modules keep as attributes, which torch refuses to copy, are detached.
     """
-    kept = (value for module in model.modules() for value in vars(module).values())
+    kept = (leaf for module in model.modules() for leaf in _pytree.tree_leaves(list(vars(module).values())))
     if convert is not None and is_sharded(model):
         return copy_model(copy_model(model), convert)
     memo: dict[int, Any] = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}

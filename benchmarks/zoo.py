@@ -33,8 +33,14 @@ from ato_optim.proof import difference
 from ato_optim.unwrap import tensors_in
 
 STEPS = 10
-# What a model asks for beyond 64 x 64 pixels, or clips of 8 frames of them: (frames, side).
-SIZES = {"inception": (0, 299), "maxvit": (0, 224), "mvit": (16, 224), "s3d": (16, 224), "raft": (0, 128)}
+# Where two images of 64 x 64 pixels, or two clips of 4 frames of them, will not do: (samples, frames, side).
+SIZES = {
+    "inception": (2, 0, 299),
+    "maxvit": (1, 0, 224),
+    "mvit": (1, 16, 224),
+    "s3d": (1, 16, 224),
+    "raft": (1, 0, 128),
+}
 
 
 def detect(model: nn.Module, images: list[Tensor]) -> list:
@@ -55,7 +61,7 @@ def detect(model: nn.Module, images: list[Tensor]) -> list:
 
 
 def build(name: str) -> tuple[str, nn.Module, tuple]:
-    """The family, the model with random weights, and its arguments for two samples."""
+    """The family, the model with random weights, and its arguments."""
     builder = torchvision.models.get_model_builder(name)
     family = builder.__module__.split(".")[2]
     options = {"weights": None}
@@ -64,7 +70,7 @@ def build(name: str) -> tuple[str, nn.Module, tuple]:
     if "googlenet" in name or "inception" in name:
         options["init_weights"] = False  # minutes of truncated normals
     key = name.removeprefix("quantized_")
-    frames, side = next((size for start, size in SIZES.items() if key.startswith(start)), (8, 64))
+    samples, frames, side = next((size for start, size in SIZES.items() if key.startswith(start)), (2, 4, 64))
     if key.startswith("vit_"):
         side = options["image_size"] = 4 * int(key.rsplit("_", 1)[1])
     if family == "detection" and not key.startswith("ssd"):
@@ -72,7 +78,7 @@ def build(name: str) -> tuple[str, nn.Module, tuple]:
     model = builder(**options)
     if family == "detection":
         return family, model, ([torch.rand(3, side, side), torch.rand(3, side, side)],)
-    shape = (2, 3, frames, side, side) if family == "video" else (2, 3, side, side)
+    shape = (samples, 3, frames, side, side) if family == "video" else (samples, 3, side, side)
     return family, model, tuple(torch.rand(shape) for _ in range(1 + (family == "optical_flow")))
 
 

@@ -165,6 +165,7 @@ def test_a_model_may_keep_activations():
     class Keeps(NETWORKS[0]):
         def forward(self, x):
             self.seen = super().forward(x)
+            self.all_seen = [self.seen, {"again": self.seen * 2}]
             return self.seen
 
     model = Keeps()
