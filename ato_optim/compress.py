@@ -118,9 +118,9 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
         RuntimeError: if torch-pruning's pruners leave other shapes than the tables say.
     """
     groups, mask = groups.to(torch.device("cpu")), mask.cpu()
-    shapes, modules = describe(model)
-    kept = _kept(model, groups, mask)
     bare = skeleton(model)
+    shapes, modules = describe(bare)
+    kept = _kept(bare, groups, mask)
     before = _plain_attributes(bare)
     _prune(bare, groups, mask)
     pruned = {name for name, _ in groups.sides}

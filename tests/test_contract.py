@@ -240,7 +240,9 @@ def test_schedulers_move_the_weights_learning_rate_and_not_the_controllers(name,
         trails.append(trail)
         if target_flops:
             assert optimizer.param_groups is optimizer.base.param_groups
-            assert {group["lr"] for group in optimizer.search.optimizer.param_groups} == {3e-3}
+            assert {group["lr"] for group in optimizer.search.optimizer.param_groups} == {
+                optimizer.schedule.controller_lr
+            }
             optimizer.load_state_dict(optimizer.state_dict())
             scheduler.load_state_dict(scheduler.state_dict())
             assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.base.param_groups]

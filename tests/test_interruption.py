@@ -106,7 +106,7 @@ OTHERS = {
     "another number of classes": ({"network": other_classes}, r"another model: parameter fc.weight is \[5, 16\] there"),
     "other frozen layers": (
         {"network": frozen, "target_flops": 0.9},
-        "groups of one.0, two are prunable in one of them alone",
+        "groups of one.0, stem.0 are prunable in one of them alone",
     ),
     "another budget": ({"target_flops": 0.6}, "target_flops=0.5, this ATO has target_flops=0.6"),
     "another length": ({"total_steps": 61}, "total_steps=60, this ATO has total_steps=61"),

