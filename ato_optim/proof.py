@@ -96,7 +96,7 @@ def wandering_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn
     called: list[set[str]] = []
     handles = [m.register_forward_pre_hook(lambda m, _: called[-1].add(layers[m])) for m in layers]
     try:
-        for inputs in (example_inputs, _redrawn(example_inputs, 0), _redrawn(example_inputs, 1)):
+        for inputs in (_redrawn(example_inputs, 0), _redrawn(example_inputs, 1)):
             called.append(set())
             forward_fn(model.eval(), inputs)
     except Exception:  # values that the model refuses tell nothing about its layers
@@ -150,8 +150,11 @@ class Trial:
         self.model = model
         self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
 
-    def objection(self, groups: Groups, mask: Tensor) -> str | None:
-        """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does."""
+    def objection(self, groups: Groups, mask: Tensor, trains: bool) -> str | None:
+        """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does.
+
+        `trains` asks for a forward in training mode as well.
+        """
         try:
             pruned = sharing_copy(self.model)
             apply_cut(derive_cut(pruned, groups, mask), pruned)
@@ -169,21 +172,24 @@ class Trial:
             return f"its removal would change the output by {apart:.0e} of the largest value"
         if counts[""] != predicted:
             return "its share of the MACs cannot be predicted"
-        if self.trains and not runs_in_training(pruned, self.inputs, self.forward_fn):
+        if trains and not runs_in_training(pruned, self.inputs, self.forward_fn):
             return "is read by a layer that runs in training mode only"
         return None
 
     def failures(self, groups: Groups) -> dict[str, str]:
         """Root layers of groups that fail, with the reason; none only if all groups pass together."""
+        # Bundles first: where some fail, heads of an attention say, most others pass together.
+        layers = sorted(groups.layers, key=lambda layer: layer.channels == 1)
         for third in range(3):
-            failed = self._culprits(groups, groups.layers, third)
+            failed = self._culprits(groups, layers, third)
             if failed:
                 return failed
         return {}
 
     def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], third: int) -> dict[str, str]:
         """Which of the `chosen` groups fail: found by halving, all of them if they fail together alone."""
-        reason = self.objection(groups, _thirds(groups, chosen)[third]) if chosen else None
+        trains = self.trains and third == 0  # what training alone runs does not fit after any cut
+        reason = self.objection(groups, _thirds(groups, chosen)[third], trains) if chosen else None
         if reason is None:
             return {}
         half = len(chosen) // 2
