@@ -49,7 +49,7 @@ def tractable(model: nn.Module) -> None:
         where = f"model's module '{name}' ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{where} is compiled by torch.jit and cannot be cut: pass the module it was made from")
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        if hasattr(module, "_packed_params"):
             raise TypeError(f"{where} is quantized: prune the float model, quantize what compress() returns")
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise ValueError(f"{where} is lazy: run one forward before building the optimizers")

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from networks import NETWORKS, Concat, example, randomised
 
+from ato_optim import checks
 from ato_optim.compress import apply_cut, derive_cut
 from ato_optim.cost import build_cost, count_macs, counted
 from ato_optim.discovery import Discovery
@@ -305,6 +306,27 @@ def test_modules_with_two_names_are_cut_once(network):
     zero_producers(model, plan.groups, mask)
     with torch.no_grad():
         assert difference(model(example()), small(example())) < 1e-5
+
+
+class Quantizable(torch.nn.Module):
+    """A float model whose sums are modules that quantization will replace."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 4, 1)
+        self.sum = torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.c(self.sum.add_relu(x, self.b(x)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_are_yet_to_be_quantized_are_float_models():
+    model = Quantizable()
+    checks.tractable(model)
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert [layer.layers for layer in plan.groups.layers] == [("a", "b")]
 
 
 class Halves(torch.nn.Module):
