@@ -129,7 +129,6 @@ class Discovery:
 
     Args:
         model: traced once and changed: left in eval mode, all gradients required.
-        training: whether to trace it in training mode, which runs auxiliary heads.
         ignored_layers, frozen: modules and parameters of `model` whose groups are left out.
     """
 
@@ -138,11 +137,11 @@ class Discovery:
         model: nn.Module,
         example_inputs: Any,
         forward_fn: ForwardFn = call,
-        training: bool = False,
         ignored_layers: Iterable[nn.Module] = (),
         frozen: Iterable[Tensor] = (),
     ):
-        graph, outputs = trace(model, example_inputs, forward_fn, training)
+        graph, outputs, self.trains = trace(model, example_inputs, forward_fn)
+        """trains: whether the model takes the example inputs in training mode."""
         model.eval()
         self.shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._names: dict[Tensor, str] = {t: name for name, t in (*model.named_buffers(), *model.named_parameters())}

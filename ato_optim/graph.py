@@ -43,23 +43,30 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     return model(example_inputs)
 
 
-def trace(
-    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, training: bool
-) -> tuple[tp.DependencyGraph, set[Node]]:
-    """torch-pruning's graph of `model`, in `training` mode or not, and the nodes that write its outputs.
+def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple[tp.DependencyGraph, set[Node], bool]:
+    """torch-pruning's graph of `model`, the nodes that write its outputs, and whether it is one of training mode.
 
+    Training mode runs auxiliary heads; some models want targets in it, and are traced in eval mode.
     All floating-point parameters of `model` require gradients afterwards.
     """
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        return *_trace(model.train(), example_inputs, forward_fn), True
+    except Exception:
+        return *_trace(model.eval(), example_inputs, forward_fn), False
+
+
+def _trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple[tp.DependencyGraph, set[Node]]:
     outputs: list[Tensor] = []
+    training = model.training
 
     def forward(model: nn.Module, inputs: Any) -> list[Tensor]:
-        model.train(training)
+        model.train(training)  # torch-pruning has put it in eval mode
         found = [t for t in tensors_in(forward_fn(model, inputs)) if t.requires_grad]
         outputs.extend(found)
         return found
 
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = build_graph(model, example_inputs, forward_fn=forward)

@@ -13,7 +13,7 @@ from .cost import CostModel, build_cost, counted
 from .discovery import Discovery
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .proof import Trial, runs_in_training, wandering_layer
+from .proof import Trial, wandering_layer
 from .report import Width
 from .unwrap import copy_model
 
@@ -101,24 +101,23 @@ def make_plan(
                 f"example_inputs ({_describe(example_inputs)}) are refused by the model: pass what one forward "
                 "takes, or a forward_fn that runs it"
             ) from error
-        layer = wandering_layer(copied, example_inputs, forward_fn)
+        layer = wandering_layer(copied, example_inputs, forward_fn, counts)
         if layer is not None:
             raise ValueError(
                 f"model ({type(model).__name__}) calls its layer '{layer}' for some inputs only: what holds for one "
                 "forward need not hold for another. Pass a forward_fn that runs all of its layers"
             )
-        trains = runs_in_training(copied, example_inputs, forward_fn)
         twin = dict(zip(model.modules(), copied.modules(), strict=True))
         parameters = dict(zip(model.parameters(), copied.parameters(), strict=True))
         frozen = [there for here, there in parameters.items() if here not in trained]
         try:
-            found = Discovery(copied, example_inputs, forward_fn, trains, [twin[layer] for layer in ignored], frozen)
+            found = Discovery(copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"model ({type(model).__name__}) cannot be traced by torch-pruning ({type(error).__name__}: {error}): "
                 "pass a forward_fn that runs the part which is to be pruned, and returns its outputs"
             ) from error
-        trial = Trial(copied, example_inputs, forward_fn, trains)
+        trial = Trial(copied, example_inputs, forward_fn, found.trains)
         groups = found.groups()
         while failed := trial.failures(groups):
             found.refuse(failed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .compress import apply_cut, derive_cut
-from .cost import build_cost, counted, has_width
+from .cost import build_cost, counted
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
 from .unwrap import sharing_copy, tensors_in
@@ -38,31 +38,32 @@ def randomise(model: nn.Module) -> None:
             buffer.add_(noise(buffer), alpha=0.5)
 
 
-def _thirds(groups: Groups, chosen: Sequence[LayerGroup]) -> list[Tensor]:
-    """Three masks (gates,) bool that close a third of the gates of the `chosen` each, and between them all.
+def _halves(groups: Groups, chosen: Sequence[LayerGroup]) -> tuple[Tensor, Tensor]:
+    """Two masks (gates,) bool that close half of the gates of the `chosen` each, and between them all.
 
     What a network does may hang on one channel (a slice, say), so that every gate must be closed once. The first
-    gates go together, the others at random: what halves its channels by counting them would pass if every part lost
-    its share.
+    third goes together, the others at random: what halves its channels by counting them would pass if every part
+    lost its share.
     """
-    masks = [torch.ones(groups.num_gates, dtype=torch.bool) for _ in range(3)]
+    masks = torch.ones(2, groups.num_gates, dtype=torch.bool)
     for layer in chosen:
-        generator = torch.Generator().manual_seed(layer.start)  # the same third, whichever others are chosen
-        first = max(1, layer.size // 3)
+        generator = torch.Generator().manual_seed(layer.start)  # the same half, whichever others are chosen
+        first = math.ceil(layer.size / 3)
         others = first + torch.randperm(layer.size - first, generator=generator)
-        for mask, closed in zip(masks, (torch.arange(first), *others.tensor_split(2)), strict=True):
-            mask[layer.start + closed] = False
-    return masks
+        order = layer.start + torch.cat((torch.arange(first), others))
+        for mask, closed in zip(masks, order.chunk(2), strict=True):
+            mask[closed] = False
+    return masks[0], masks[1]
 
 
-def _redrawn(example_inputs: Any, seed: int) -> Any:
-    """The example inputs with floating-point tensors drawn anew, positive and negative."""
-    generator = torch.Generator().manual_seed(seed)
+def _redrawn(example_inputs: Any) -> Any:
+    """The example inputs with floating-point tensors drawn anew, with a mean of the other sign."""
+    generator = torch.Generator().manual_seed(0)
 
     def draw(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        return (torch.randn(leaf.shape, generator=generator) + (-1) ** seed).to(leaf)
+        return (torch.randn(leaf.shape, generator=generator) + (-1 if leaf.mean() > 0 else 1)).to(leaf)
 
     return _pytree.tree_map(draw, example_inputs)
 
@@ -71,41 +72,19 @@ def _telling_inputs(example_inputs: Any) -> Any:
     """The example inputs, drawn anew if a floating-point tensor is constant: zeros would hide what is not exact."""
     floats = [t for t in _pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.is_floating_point()]
     telling = all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats)
-    return example_inputs if telling else _redrawn(example_inputs, 2)
+    return example_inputs if telling else _redrawn(example_inputs)
 
 
-def runs_in_training(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> bool:
-    """Whether `model`, a copy that is changed, takes the inputs in training mode; some want targets too."""
-    try:
-        with torch.no_grad():
-            forward_fn(model.train(), inputs)
-    except Exception:
-        return False
-    finally:
-        model.eval()
-    return True
-
-
-@torch.no_grad()
-def wandering_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> str | None:
+def wandering_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, counts: dict[str, int]) -> str | None:
     """Name of a layer with a width that `model`, in eval mode, calls for some inputs only; None if there is none.
 
-    What was traced would not hold for a forward that depends on data.
+    What was traced would not hold for a forward that depends on data. `counts` are those of the example inputs.
     """
-    layers = {module: name for name, module in model.named_modules() if has_width(module)}
-    called: list[set[str]] = []
-    handles = [m.register_forward_pre_hook(lambda m, _: called[-1].add(layers[m])) for m in layers]
     try:
-        for inputs in (_redrawn(example_inputs, 0), _redrawn(example_inputs, 1)):
-            called.append(set())
-            forward_fn(model.eval(), inputs)
+        _, others = counted(model, _redrawn(example_inputs), forward_fn)
     except Exception:  # values that the model refuses tell nothing about its layers
-        called.pop()
-    finally:
-        for handle in handles:
-            handle.remove()
-    always, ever = set(layers.values()).intersection(*called), set[str]().union(*called)
-    return min(ever - always, default=None)
+        return None
+    return min((name for name in counts if name and bool(counts[name]) != bool(others[name])), default=None)
 
 
 @torch.no_grad()
@@ -172,30 +151,34 @@ class Trial:
             return f"its removal would change the output by {apart:.0e} of the largest value"
         if counts[""] != predicted:
             return "its share of the MACs cannot be predicted"
-        if trains and not runs_in_training(pruned, self.inputs, self.forward_fn):
-            return "is read by a layer that runs in training mode only"
+        if trains:
+            try:
+                with torch.no_grad():
+                    self.forward_fn(pruned.train(), self.inputs)
+            except Exception:
+                return "is read by a layer that runs in training mode only"
         return None
 
     def failures(self, groups: Groups) -> dict[str, str]:
         """Root layers of groups that fail, with the reason; none only if all groups pass together."""
         # Bundles first: where some fail, heads of an attention say, most others pass together.
         layers = sorted(groups.layers, key=lambda layer: layer.channels == 1)
-        for third in range(3):
-            failed = self._culprits(groups, layers, third)
+        for half in range(2):
+            failed = self._culprits(groups, layers, half)
             if failed:
                 return failed
         return {}
 
-    def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], third: int) -> dict[str, str]:
+    def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], half: int) -> dict[str, str]:
         """Which of the `chosen` groups fail: found by halving, all of them if they fail together alone."""
-        trains = self.trains and third == 0  # what training alone runs does not fit after any cut
-        reason = self.objection(groups, _thirds(groups, chosen)[third], trains) if chosen else None
+        trains = self.trains and half == 0  # what training alone runs does not fit after any cut
+        reason = self.objection(groups, _halves(groups, chosen)[half], trains) if chosen else None
         if reason is None:
             return {}
-        half = len(chosen) // 2
-        found = {} if half == 0 else self._culprits(groups, chosen[:half], third)
-        if half:
-            found |= self._culprits(groups, chosen[half:], third)
+        found: dict[str, str] = {}
+        middle = len(chosen) // 2
+        for part in (chosen[:middle], chosen[middle:]) if middle else ():
+            found |= self._culprits(groups, part, half)
         return found or {layer.root: reason for layer in chosen}
 
 
