@@ -39,11 +39,12 @@ def randomise(model: nn.Module) -> None:
 
 
 def _halves(groups: Groups, chosen: Sequence[LayerGroup]) -> tuple[Tensor, Tensor]:
-    """Two masks (gates,) bool that close half of the gates of the `chosen` each, and between them all.
+    """Two masks (gates,) bool that close about half of the gates of the `chosen` each, and between them all.
 
     What a network does may hang on one channel (a slice, say), so that every gate must be closed once. The first
     third goes together, the others at random: what halves its channels by counting them would pass if every part
-    lost its share.
+    lost its share. Neither number of gates has a divisor in common with the whole, for what is left may have to be
+    divided as the whole was (a channel shuffle).
     """
     masks = torch.ones(2, groups.num_gates, dtype=torch.bool)
     for layer in chosen:
@@ -51,7 +52,8 @@ def _halves(groups: Groups, chosen: Sequence[LayerGroup]) -> tuple[Tensor, Tenso
         first = math.ceil(layer.size / 3)
         others = first + torch.randperm(layer.size - first, generator=generator)
         order = layer.start + torch.cat((torch.arange(first), others))
-        for mask, closed in zip(masks, order.chunk(2), strict=True):
+        half = next(k for k in range((layer.size + 1) // 2, layer.size) if math.gcd(k, layer.size) == 1)
+        for mask, closed in zip(masks, order.tensor_split([half]), strict=True):
             mask[closed] = False
     return masks[0], masks[1]
 

@@ -4,6 +4,7 @@ import copy
 import os
 import random
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,3 +71,9 @@ def test_most_random_networks_have_something_to_prune():
         ]
         found += check(Recipe(2, 1, steps, "pool", 1), seed) > 0
     assert found >= 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_shuffle_that_some_widths_do_not_divide_is_left_alone(seed):
+    # Found by test_random_networks: with half of the channels gone the shuffle still went through.
+    check(Recipe(2, 1, [("conv", 0, 0), ("conv", 0, 16), ("shuffle", 1, 0), ("conv", 18, 0)], "pool", 1), seed)
