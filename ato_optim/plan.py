@@ -117,7 +117,7 @@ def make_plan(
                 f"model ({type(model).__name__}) cannot be traced by torch-pruning ({type(error).__name__}: {error}): "
                 "pass a forward_fn that runs the part which is to be pruned, and returns its outputs"
             ) from error
-        trial = Trial(copied, example_inputs, forward_fn, found.trains)
+        trial = Trial(copied, example_inputs, forward_fn, found.trains, counts[""])
         groups = found.groups()
         while failed := trial.failures(groups):
             found.refuse(failed)

@@ -19,6 +19,9 @@ from .unwrap import sharing_copy, tensors_in
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output."""
+MACS_OF_TRIALS = 10e9
+"""Pairs of trials are as many as forwards that cost this together, from one to MOST_PAIRS."""
+MOST_PAIRS = 3
 
 
 @torch.no_grad()
@@ -38,21 +41,22 @@ def randomise(model: nn.Module) -> None:
             buffer.add_(noise(buffer), alpha=0.5)
 
 
-def _halves(groups: Groups, chosen: Sequence[LayerGroup]) -> tuple[Tensor, Tensor]:
+def _halves(groups: Groups, chosen: Sequence[LayerGroup], pair: int) -> tuple[Tensor, Tensor]:
     """Two masks (gates,) bool that close about half of the gates of the `chosen` each, and between them all.
 
-    What a network does may hang on one channel (a slice, say), so that every gate must be closed once. The first
-    third goes together, the others at random: what halves its channels by counting them would pass if every part
-    lost its share. Neither number of gates has a divisor in common with the whole, for what is left may have to be
-    divided as the whole was (a channel shuffle).
+    What a network does may hang on one channel (a slice, say), so that every gate must be closed once. In the first
+    pair most of the first half goes together, the others at random: what halves its channels by counting them would
+    pass if every part lost its share. Neither number of gates has a divisor in common with the whole, for what is
+    left may have to be divided as the whole was (a channel shuffle).
     """
     masks = torch.ones(2, groups.num_gates, dtype=torch.bool)
     for layer in chosen:
-        generator = torch.Generator().manual_seed(layer.start)  # the same half, whichever others are chosen
-        first = math.ceil(layer.size / 3)
+        # The same half, whichever others are chosen.
+        generator = torch.Generator().manual_seed(layer.start + pair)
+        half = next(k for k in range(layer.size // 2, 0, -1) if math.gcd(k, layer.size) == 1)
+        first = math.ceil(2 * half / 3) if pair == 0 else 0
         others = first + torch.randperm(layer.size - first, generator=generator)
         order = layer.start + torch.cat((torch.arange(first), others))
-        half = next(k for k in range((layer.size + 1) // 2, layer.size) if math.gcd(k, layer.size) == 1)
         for mask, closed in zip(masks, order.tensor_split([half]), strict=True):
             mask[closed] = False
     return masks[0], masks[1]
@@ -124,10 +128,12 @@ class Trial:
     Args:
         model: a copy, which is changed.
         trains: whether the model runs on the example inputs in training mode.
+        macs: of a forward; a cheap one is tried more often.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool):
+    def __init__(self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool, macs: int):
         randomise(model)
+        self.pairs = min(max(1, int(MACS_OF_TRIALS // max(1, macs))), MOST_PAIRS)
         self.model = model
         self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
 
@@ -165,22 +171,22 @@ class Trial:
         """Root layers of groups that fail, with the reason; none only if all groups pass together."""
         # Bundles first: where some fail, heads of an attention say, most others pass together.
         layers = sorted(groups.layers, key=lambda layer: layer.channels == 1)
-        for half in range(2):
-            failed = self._culprits(groups, layers, half)
+        for trial in range(2 * self.pairs):
+            failed = self._culprits(groups, layers, trial)
             if failed:
                 return failed
         return {}
 
-    def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], half: int) -> dict[str, str]:
+    def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], trial: int) -> dict[str, str]:
         """Which of the `chosen` groups fail: found by halving, all of them if they fail together alone."""
-        trains = self.trains and half == 0  # what training alone runs does not fit after any cut
-        reason = self.objection(groups, _halves(groups, chosen)[half], trains) if chosen else None
+        trains = self.trains and trial == 0  # what training alone runs does not fit after any cut
+        reason = self.objection(groups, _halves(groups, chosen, trial // 2)[trial % 2], trains) if chosen else None
         if reason is None:
             return {}
         found: dict[str, str] = {}
         middle = len(chosen) // 2
         for part in (chosen[:middle], chosen[middle:]) if middle else ():
-            found |= self._culprits(groups, part, half)
+            found |= self._culprits(groups, part, trial)
         return found or {layer.root: reason for layer in chosen}
 
 

@@ -77,3 +77,9 @@ def test_most_random_networks_have_something_to_prune():
 def test_a_shuffle_that_some_widths_do_not_divide_is_left_alone(seed):
     # Found by test_random_networks: with half of the channels gone the shuffle still went through.
     check(Recipe(2, 1, [("conv", 0, 0), ("conv", 0, 16), ("shuffle", 1, 0), ("conv", 18, 0)], "pool", 1), seed)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_halves_that_change_places_are_left_alone(seed):
+    # Found by test_random_networks: one trial left a single channel, the other took one that does not matter.
+    check(Recipe(2, 1, [("conv", 0, 0), ("swap", 1, 0)], "pool", 1), seed)
