@@ -19,7 +19,7 @@ from .unwrap import sharing_copy, tensors_in
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output."""
-MACS_OF_TRIALS = 10e9
+MACS_OF_TRIALS = 5e9
 """Pairs of trials are as many as forwards that cost this together, from one to MOST_PAIRS."""
 MOST_PAIRS = 3
 
