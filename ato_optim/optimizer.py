@@ -53,7 +53,7 @@ class ATO(torch.optim.Optimizer):
         phases: shares of the run at which search, pull, commit and the exact zeros begin.
         interval: steps between controller turns; default: such that there are about 500, from 2 to 20 steps.
         gamma: weight of the budget in the controller's loss.
-        controller_lr: of the controller's AdamW; default: 0.5 over the number of its turns.
+        controller_lr: of the controller's AdamW; default: 0.2 over the number of its turns.
         controller_weight_decay: likewise of the controller's AdamW.
         seed: of the controller's weights and noise; the same on every rank.
 

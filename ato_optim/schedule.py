@@ -12,7 +12,7 @@ MANY_TURNS = 500
 LARGEST_INTERVAL = 20
 SMALLEST_INTERVAL = 2
 MOST_LR = 1e-2
-TRAVEL = 0.5
+TRAVEL = 0.2
 """Sum of the controller's learning rates over all turns: it bounds how far AdamW takes a weight."""
 
 
