@@ -130,6 +130,11 @@ class Discovery:
     Args:
         model: traced once and changed: left in eval mode, all gradients required.
         ignored_layers, frozen: modules and parameters of `model` whose groups are left out.
+
+    Attributes:
+        candidates: what nothing in the graph speaks against.
+        left_out: root layer -> reason.
+        trains: whether the model takes the example inputs in training mode.
     """
 
     def __init__(
@@ -141,14 +146,12 @@ class Discovery:
         frozen: Iterable[Tensor] = (),
     ):
         graph, outputs, self.trains = trace(model, example_inputs, forward_fn)
-        """trains: whether the model takes the example inputs in training mode."""
         model.eval()
         self.shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._names: dict[Tensor, str] = {t: name for name, t in (*model.named_buffers(), *model.named_parameters())}
         self._modules = {module: name for name, module in model.named_modules()}
         self.candidates: list[Candidate] = []
         self.left_out: dict[str, str] = {}
-        """Root layer -> reason."""
         ignored = {child for layer in ignored_layers for child in layer.modules()}
         self._find(Walker(graph, _objection_to(outputs, ignored)), set(frozen))
         self._refuse_conflicts()

@@ -81,6 +81,23 @@ def gate_gradient(model: nn.Module, table: GateTable, num_gates: int) -> Tensor:
     return table.sum(products, num_gates).float()
 
 
+def masked_closure(closure: Callable[[], Any], turn: Masking) -> Callable[[], Any]:
+    """`closure`, which leaves the gradients of the masked loss behind."""
+
+    def evaluate() -> Any:
+        loss = closure()
+        turn.mask_gradients()
+        return loss
+
+    return evaluate
+
+
+def known_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
+    """`closure`, whose first call has been made already and gave `loss`."""
+    results = [loss]
+    return lambda: results.pop() if results else closure()
+
+
 class TurnHooks:
     """Hooks on the root module that run a controller turn's training forward and its backward masked.
 

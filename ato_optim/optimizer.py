@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checks, resume
 from .budget import least_mask, minimum_widths
 from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
-from .gating import Masking, TurnHooks, gate_gradient
+from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
 from .plan import Plan, make_plan
 from .projection import Projection, halfspace, masked_shares, timed
@@ -147,12 +147,12 @@ class ATO(torch.optim.Optimizer):
         if closure is not None and self._turn_due:
             with torch.enable_grad():
                 loss = closure()
-            closure = _known_once(closure, loss)
+            closure = known_once(closure, loss)
         turn, done = self._turn, self.step_count + 1
         if self.search is not None and turn is not None:
             self._controller_turn(self.search, turn)
             turn.mask_gradients()
-            closure = closure and _masked(closure, turn)
+            closure = closure and masked_closure(closure, turn)
         loss = self.base.step(closure) if closure is not None else self.base.step()
         self._turn = None
         if self.search is not None:
@@ -340,20 +340,3 @@ class ATO(torch.optim.Optimizer):
             boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
             **facts,
         )
-
-
-def _masked(closure: Callable[[], Any], turn: Masking) -> Callable[[], Any]:
-    """`closure`, which leaves the gradients of the masked loss behind."""
-
-    def evaluate() -> Any:
-        loss = closure()
-        turn.mask_gradients()
-        return loss
-
-    return evaluate
-
-
-def _known_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
-    """`closure`, whose first call has been made already and gave `loss`."""
-    results = [loss]
-    return lambda: results.pop() if results else closure()
