@@ -78,7 +78,7 @@ class ATO(torch.optim.Optimizer):
         pull_time: float = 0.1,
         penalty: tuple[float, float] = (10.0, 1000.0),
         epsilon: float = 0.1,
-        phases: Sequence[float] = (0.1, 0.4, 0.5, 0.6),
+        phases: Sequence[float] = (0.1, 0.25, 0.3, 0.32),
         interval: int | None = None,
         gamma: float = 8.0,
         controller_lr: float | None = None,

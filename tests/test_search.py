@@ -12,7 +12,7 @@ from networks import Residual, example
 from ato_optim import ATO
 from ato_optim.schedule import MOST_LR, TRAVEL, Schedule
 
-PHASES = (0.1, 0.4, 0.5, 0.6)
+PHASES = (0.1, 0.25, 0.3, 0.32)
 
 
 @settings(max_examples=100, deadline=None)
@@ -43,7 +43,7 @@ def test_the_controller_gets_equally_far_whatever_the_number_of_turns(total_step
 @pytest.mark.parametrize("target", [0.3, 0.6])
 def test_the_mask_follows_the_budget_where_the_loss_has_no_say(turns, target):
     model = Residual()
-    total = math.ceil(turns * 2 / 0.4)
+    total = math.ceil(turns * 2 / (PHASES[2] - PHASES[0]))
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = ATO(base, model, example(), target_flops=target, total_steps=total, interval=2)
     search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
