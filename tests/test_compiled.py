@@ -20,7 +20,7 @@ STEPS = 30
 
 def wrap(model, named):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return ATO(base, named, example(), target_flops=0.5, total_steps=STEPS, interval=2)
+    return ATO(base, named, example(), target_flops=0.5, total_steps=STEPS, interval=1)
 
 
 def wrapper_passed(model, **options):

@@ -26,7 +26,7 @@ def data():
 
 def build(model, total_steps=STEPS):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=total_steps, interval=2)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=total_steps, interval=1)
     return optimizer, OneCycleLR(optimizer, 0.1, total_steps=total_steps)
 
 

@@ -270,7 +270,8 @@ def test_loss_scaling_changes_no_turn_and_a_skipped_step_nothing(dtype):
         runs.append(optimizer)
     one, other = runs
     assert one.step_count == other.step_count == 10 and one.last_turn == other.last_turn
-    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype is None else {"rtol": 1e-2, "atol": 1e-4}
+    # In half precision a tenth of a step of the controller's AdamW, which takes noise near zero for a direction.
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype is None else {"rtol": 1e-2, "atol": 1e-3}
     for here, there in zip(one.search.controller.parameters(), other.search.controller.parameters(), strict=True):
         torch.testing.assert_close(here, there, **tolerance)
 

@@ -99,7 +99,7 @@ def test_masked_groups_are_pulled_gently_while_searching():
     before = masked_entries(model, optimizer)[0].norm()
     train(model, optimizer, optimizer.schedule.commit - optimizer.schedule.pull - 1)
     after = masked_entries(model, optimizer)[0]
-    assert 0.01 * before < after.norm() < 0.5 * before
+    assert 0.1 * before < after.norm() < 0.8 * before
     assert (after != 0).float().mean() > 0.9
 
 
