@@ -144,15 +144,22 @@ def step_cost() -> str:
     return "\n".join([*rows, "", f"{setting}, n = {result['n']}: `{result['command']}`"])
 
 
+def setting(run: dict[str, Any]) -> str:
+    """Hardware, precision and versions of a run."""
+    versions = run["versions"]
+    return (
+        f"{run['hardware']}, {run['precision'].removeprefix('torch.')}, torch {versions['torch']}, "
+        f"torchvision {versions['torchvision']}, torch-pruning {versions['torch_pruning']}"
+    )
+
+
 def commands(runs: Runs) -> str:
-    """The commands that made `runs`, with hardware and versions."""
-    lines = [f"- `{run['command']}`" for run in runs]
-    seen = {
-        f"{run['hardware']}, {run['precision']}, torch {run['versions']['torch']}, "
-        f"torchvision {run['versions']['torchvision']}, torch-pruning {run['versions']['torch_pruning']}"
-        for run in runs
-    }
-    return "\n".join([*lines, "", *(f"On {line}." for line in sorted(seen))])
+    """The commands that made `runs`, under the hardware, precision and versions that they ran with."""
+    parts = []
+    for found in sorted({setting(run) for run in runs}):
+        lines = [f"- `{run['command']}`" for run in runs if setting(run) == found]
+        parts.append("\n".join([f"On {found}:", "", *lines]))
+    return "\n\n".join(parts)
 
 
 def load_zoo() -> dict[str, Any]:
