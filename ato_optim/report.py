@@ -98,10 +98,11 @@ class Report:
         budget.step(steps, [100 * share for share in shares], where="post", color="#2166ac", label="MACs of the mask")
         budget.axhline(100 * self.target_flops, color="#b2182b", linewidth=1, linestyle="--", label="budget")
         for name, step in zip(("search", "pull", "commit", "zero"), self.boundaries, strict=True):
+            side = "left" if name == "zero" else "right"  # commit and zero may lie close together
             budget.axvline(step, color="#aab0b6", linewidth=0.8)
             budget.annotate(
-                name, (step, 1.0), xycoords=("data", "axes fraction"), xytext=(2, -3), textcoords="offset points",
-                rotation=90, va="top", fontsize=7, color="#555b61",
+                name, (step, 0.0), xycoords=("data", "axes fraction"), xytext=(2 if side == "left" else -2, 3),
+                textcoords="offset points", rotation=90, va="bottom", ha=side, fontsize=7, color="#555b61",
             )  # fmt: skip
         budget.set_ylim(0, 105)
         budget.set_xlim(0, max(self.total_steps, self.step))

@@ -44,8 +44,11 @@ def grouped(runs: Runs, *keys: str) -> dict[tuple[str, ...], Runs]:
 
 
 def by_seed(runs: Runs) -> dict[int, float]:
-    """The accuracy of each seed."""
-    return {run["arguments"]["seed"]: run["accuracy"] for run in runs}
+    """The accuracy of each seed; one that was run more than once, in other precisions say, counts with its mean."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        found[run["arguments"]["seed"]].append(run["accuracy"])
+    return {seed: statistics.mean(values) for seed, values in found.items()}
 
 
 def lead(runs: Runs, others: Runs) -> list[float]:
@@ -80,7 +83,7 @@ def comparison(runs: Runs) -> str:
     ]
     for budget, methods in budgets(runs).items():
         for method, members in methods.items():
-            accuracy = mean([run["accuracy"] for run in members])
+            accuracy = mean(list(by_seed(members).values()))
             change = "" if method == "dense" else with_error(lead(members, methods["dense"]))
             ahead = "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members))
             macs = mean([100 * run["macs_kept"] for run in members], "{:.1f}")
@@ -88,7 +91,7 @@ def comparison(runs: Runs) -> str:
             seconds = mean([run["seconds"] for run in members], "{:.0f}")
             rows.append(
                 f"| {100 * float(budget):.0f} % | {method} | {accuracy} | {change} | {ahead} | {macs} % | "
-                f"{parameters} % | {seconds} | {len(members)} |"
+                f"{parameters} % | {seconds} | {len(by_seed(members))} |"
             )
     return "\n".join(rows)
 
@@ -236,7 +239,7 @@ def draw_accuracy(runs: Runs, path: Path) -> None:
                 points[method].append(members)
     for method, settings in points.items():
         macs = [100 * statistics.mean(run["macs_kept"] for run in members) for members in settings]
-        accuracy = [[run["accuracy"] for run in members] for members in settings]
+        accuracy = [list(by_seed(members).values()) for members in settings]
         means = [statistics.mean(values) for values in accuracy]
         deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracy]
         axes.errorbar(macs, means, deviations, color=METHODS[method], marker="o", capsize=3, linewidth=1, label=method)
@@ -314,8 +317,8 @@ def main() -> None:
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     draw_report(ato[0], FIGURES / "widths.png")
     methods = next(iter(budgets(cifar).values()))
-    if all("widths" in run for members in methods.values() for run in members):
-        draw_layers([run for members in methods.values() for run in members], FIGURES / "layers.png")
+    # The first runs were made before widths were recorded.
+    draw_layers([run for members in methods.values() for run in members if "widths" in run], FIGURES / "layers.png")
 
 
 if __name__ == "__main__":

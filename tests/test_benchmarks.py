@@ -95,6 +95,13 @@ def test_tables_compare_seed_by_seed_and_budget_by_budget(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size and (tmp_path / "layers.png").stat().st_size
 
 
+def test_a_seed_that_was_run_twice_counts_with_its_mean():
+    runs = [finished("dense", seed, 90.0) for seed in range(2)]
+    runs += [finished("narrow", 0, 86.0), finished("narrow", 0, 88.0), finished("narrow", 1, 88.0)]
+    row = [cell.strip() for cell in tables.comparison(runs).splitlines()[-1].split("|")[1:-1]]
+    assert row[2:4] == ["87.50 ± 0.71", "-2.50 ± 0.50"] and row[-1] == "2"
+
+
 def test_the_ablation_names_each_change():
     runs = [finished("ato", seed, 80.0 + seed) for seed in range(2)]
     runs += [finished("ato", seed, 79.0 + seed, ato={"interval": 5}) for seed in range(2)]
