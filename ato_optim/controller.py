@@ -13,6 +13,8 @@ from torch import Tensor, nn
 EMBEDDING, HIDDEN = 64, 128
 OFFSET = 3.0
 """Added to the logits, so that the controller starts with all gates open."""
+EVEN = math.log(math.log(2))
+"""The logit whose gate is open in half of the draws: P(logit + u >= 0) = 1 - exp(-exp(logit)) for Gumbel noise u."""
 TEMPERATURE = 0.4
 CLAMP = 0.005
 """The budget penalty is flat within this distance of the budget."""
@@ -46,7 +48,7 @@ class Controller(nn.Module):
         self.register_buffer("layer_of_gate", layer_of_gate, persistent=False)
 
     def forward(self) -> Tensor:
-        """Logits (gates,), the offset included: a gate is open where its logit is at least zero."""
+        """Logits (gates,), the offset included: a gate is open where logit and noise are at least zero together."""
         states, _ = self.gru(self.embedding)
         states = self.norm(states).relu()
         return (states[self.layer_of_gate] * self.head).sum(1) + OFFSET
@@ -71,12 +73,18 @@ def budget_penalty(share: Tensor, target: float) -> Tensor:
     return (away.clamp_min(1e-6) / target).log().abs()
 
 
-def controller_loss(gates: Tensor, gate_gradient: Tensor, share: Tensor, target: float, gamma: float) -> Tensor:
-    """A scalar whose gradient in the gates is dL/dw + gamma dR/dw.
+def controller_loss(
+    gates: Tensor, gate_gradient: Tensor, share: Tensor, target: float, gamma: float, capacity: Tensor, beta: float
+) -> Tensor:
+    """A scalar whose gradient in the gates is that of L + gamma R - beta log(capacity).
+
+    The last term is not the authors': it prefers, among masks that cost the same, those which keep more weights.
+    What these could still learn, the loss of a network that has just begun to learn does not say.
 
     Args:
         gates: (gates,), differentiable in the controller's weights.
         gate_gradient: dL/dw (gates,) of the task's loss, measured with these gates.
         share: MACs(gates) / MACs(1), differentiable in the gates.
+        capacity: weights(gates) / weights(1), above 0, likewise.
     """
-    return (gates * gate_gradient).sum() + gamma * budget_penalty(share, target)
+    return (gates * gate_gradient).sum() + gamma * budget_penalty(share, target) - beta * capacity.log()

@@ -60,6 +60,20 @@ def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = ca
     return counted(model, example_inputs, forward_fn)[1][""]
 
 
+def count_weights(model: nn.Module) -> dict[str, int]:
+    """Entries of the weights of convolutions and linear layers by module name; the empty name has the total.
+
+    A weight that modules share counts once.
+    """
+    counts: dict[str, int] = {}
+    seen: set[Tensor] = set()
+    for name, module in model.named_modules():
+        if has_width(module) and module.weight not in seen:
+            seen.add(module.weight)
+            counts[name] = module.weight.numel()
+    return {**counts, "": sum(counts.values())}
+
+
 def has_width(module: nn.Module) -> bool:
     """Whether `module` is a convolution or linear layer, whose MACs the gates change."""
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
@@ -82,7 +96,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class CostModel:
-    """MACs of one forward on the example inputs as a function of the gates (gates,)."""
+    """MACs of one forward on the example inputs, or another count, as a function of the gates (gates,)."""
 
     constant: float
     unit: Tensor
@@ -91,13 +105,13 @@ class CostModel:
     num_gates: int
 
     def __call__(self, gates: Tensor) -> Tensor:
-        """MACs, a float64 scalar, for `gates` (gates,) of any float dtype or bool; differentiable in them."""
+        """The count, a float64 scalar, for `gates` (gates,) of any float dtype or bool; differentiable in them."""
         gates = gates.double()
         return self.constant + (self.unit * self.inputs(gates) * self.outputs(gates)).sum()
 
     @property
     def dense(self) -> float:
-        """MACs with all gates open."""
+        """The count with all gates open."""
         return self(torch.ones(self.num_gates, device=self.unit.device)).item()
 
     def to(self, device: torch.device) -> CostModel:
@@ -122,7 +136,7 @@ def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], t
 
 
 def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> CostModel:
-    """The cost model of `model` under `groups`, from its own `counts` (see counted)."""
+    """The cost model of `model` under `groups`, from its own `counts` (see counted, count_weights)."""
     # One entry a weight: layers that share a weight share its widths, and their MACs add up.
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     index: dict[str, int] = {}

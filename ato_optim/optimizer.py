@@ -53,6 +53,7 @@ class ATO(torch.optim.Optimizer):
         phases: shares of the run at which search, pull, commit and the exact zeros begin.
         interval: steps between controller turns; default: such that there are about 500, from 2 to 20 steps.
         gamma: weight of the budget in the controller's loss.
+        beta: weight of the capacity in it: how much more weights are worth at the same MACs.
         controller_lr: of the controller's AdamW; default: 0.2 over the number of its turns.
         controller_weight_decay: likewise of the controller's AdamW.
         seed: of the controller's weights and noise; the same on every rank.
@@ -81,6 +82,7 @@ class ATO(torch.optim.Optimizer):
         phases: Sequence[float] = (0.1, 0.25, 0.3, 0.32),
         interval: int | None = None,
         gamma: float = 8.0,
+        beta: float = 0.6,
         controller_lr: float | None = None,
         controller_weight_decay: float = 1e-2,
         seed: int = 0,
@@ -90,7 +92,7 @@ class ATO(torch.optim.Optimizer):
         checks.arguments(
             phases, projection, penalty, interval, controller_lr, forward_fn, target_flops=target_flops,
             total_steps=total_steps, min_width=min_width, round_to=round_to, pull_time=pull_time, epsilon=epsilon,
-            gamma=gamma, controller_weight_decay=controller_weight_decay, seed=seed,
+            gamma=gamma, beta=beta, controller_weight_decay=controller_weight_decay, seed=seed,
         )  # fmt: skip
         self.base = base_optimizer
         self.model = root
@@ -112,7 +114,7 @@ class ATO(torch.optim.Optimizer):
         if self.target_flops < 1:
             lr = controller_lr or self.schedule.controller_lr
             self.search = Search(
-                self.plan, self.least, self.target_flops, gamma, lr, controller_weight_decay, int(seed)
+                self.plan, self.least, self.target_flops, gamma, beta, lr, controller_weight_decay, int(seed)
             )
         self.step_count, self.last_turn = 0, -1
         self.history: list[tuple[int, float]] = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cost import CostModel, build_cost, counted
+from .cost import CostModel, build_cost, count_weights, counted
 from .discovery import Discovery
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
@@ -25,6 +25,7 @@ class Plan:
     Attributes:
         groups: what can be pruned, and what not and why.
         cost: MACs as a function of the gates.
+        capacity: weights of convolutions and linear layers, likewise.
         layer_of_gate: (gates,) int64, the layer group of each gate.
         sizes: (layers,) int64, how many gates each layer group has.
         shapes: of all parameters, by name, before anything is removed.
@@ -32,6 +33,7 @@ class Plan:
 
     groups: Groups
     cost: CostModel
+    capacity: CostModel
     layer_of_gate: Tensor
     sizes: Tensor
     shapes: dict[str, tuple[int, ...]]
@@ -123,10 +125,12 @@ def make_plan(
             found.refuse(failed)
             groups = found.groups()
         cost = build_cost(copied, groups, counts)
+        capacity = build_cost(copied, groups, count_weights(copied))
     layer_of_gate = groups.layer_of_gate()
     return Plan(
         groups.to(device),
         cost.to(device),
+        capacity.to(device),
         layer_of_gate.to(device),
         torch.tensor([layer.size for layer in groups.layers], dtype=torch.long, device=device),
         {name: tuple(p.shape) for name, p in model.named_parameters()},

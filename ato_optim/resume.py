@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .optimizer import ATO
 
-VERSION = 2
+VERSION = 3
 """Version of the format of state_dict()["ato"]."""
 
 
@@ -29,6 +29,7 @@ def settings(ato: ATO) -> dict[str, Any]:
         "penalty": [float(value) for value in ato.penalty],
         "epsilon": float(ato.epsilon),
         "gamma": None if search is None else float(search.gamma),
+        "beta": None if search is None else float(search.beta),
         "seed": None if search is None else search.seed,
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .budget import keep_minimum, solve
-from .controller import Controller, binarise, controller_loss, gumbel_noise
+from .controller import EVEN, Controller, binarise, controller_loss, gumbel_noise
 from .plan import Plan
 
 
@@ -19,15 +19,24 @@ class Search:
     Args:
         least: fewest open gates (layers,) int64 of every layer group.
         target: share of the dense MACs that may be kept.
-        gamma: weight of the budget in the controller's loss.
+        gamma, beta: weights of the budget and of the capacity in the controller's loss.
         lr, weight_decay: of its AdamW.
         seed: of its weights and noise.
     """
 
     def __init__(
-        self, plan: Plan, least: Tensor, target: float, gamma: float, lr: float, weight_decay: float, seed: int
+        self,
+        plan: Plan,
+        least: Tensor,
+        target: float,
+        gamma: float,
+        beta: float,
+        lr: float,
+        weight_decay: float,
+        seed: int,
     ):
-        self.plan, self.least, self.target, self.gamma, self.seed = plan, least, target, gamma, seed
+        self.plan, self.least, self.target = plan, least, target
+        self.gamma, self.beta, self.seed = gamma, beta, seed
         self.controller = Controller(plan.layer_of_gate.cpu(), seed).to(plan.device)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
 
@@ -47,16 +56,17 @@ class Search:
         with torch.enable_grad():
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
-            loss = controller_loss(gates, gate_gradient, share, budget, self.gamma)
+            capacity = self.plan.capacity(gates) / self.plan.capacity.dense
+            loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, capacity, self.beta)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
 
     @torch.no_grad()
     def proposal(self) -> Tensor:
-        """The mask (gates,) bool that the controller proposes, without noise: near the budget, not within it."""
+        """The mask (gates,) bool of what the controller opens more often than not: near the budget, not within it."""
         logits = self.controller()
-        return keep_minimum(logits >= 0, logits, self.plan.layer_of_gate, self.least)
+        return keep_minimum(logits >= EVEN, logits, self.plan.layer_of_gate, self.least)
 
     @torch.no_grad()
     def settle(self, lots: Tensor) -> Tensor:
