@@ -39,6 +39,7 @@ def build(model=None, base=None, inputs=None, **options):
         ({"pull_time": 0}, ["pull_time=0"]),
         ({"epsilon": 1}, ["epsilon=1"]),
         ({"gamma": -1}, ["gamma=-1"]),
+        ({"beta": -1}, ["beta=-1"]),
         ({"penalty": (1000, 10)}, ["penalty=(1000, 10)"]),
         ({"projection": "hard"}, ["projection='hard'", "timed"]),
         ({"ignored_layers": ["stem.9"]}, ["ignored_layers", "stem.9"]),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from networks import Residual, example
 
 from ato_optim import ATO
+from ato_optim.controller import EVEN, binarise, controller_loss, gumbel_noise
 from ato_optim.schedule import MOST_LR, TRAVEL, Schedule
 
 PHASES = (0.1, 0.25, 0.3, 0.32)
@@ -55,3 +56,33 @@ def test_the_mask_follows_the_budget_where_the_loss_has_no_say(turns, target):
             off.append(plan.share(search.proposal()) - schedule.budget(step, target))
     assert max(map(abs, off)) < 0.3
     assert abs(off[-1]) < 0.1
+
+
+def test_the_loss_of_the_controller_has_the_gradient_that_it_states():
+    gates = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    gradient, macs, weights = torch.randn(6).double(), torch.rand(6).double(), torch.rand(6).double()
+    share, capacity = gates @ macs / macs.sum(), gates @ weights / weights.sum()
+    target = share.item() / 2
+    controller_loss(gates, gradient, share, target, 8.0, capacity, 0.6).backward()
+    expected = gradient + 8 * macs / (gates @ macs) - 0.6 * weights / (gates @ weights)
+    torch.testing.assert_close(gates.grad, expected.detach())
+
+
+def test_at_the_same_macs_more_weights_are_kept():
+    """Where the loss has no say, beta decides between layers that cost the same and hold unequally many weights."""
+    kept = []
+    for beta in (0.0, 2.0):
+        model = Residual()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=4000, interval=2, beta=beta)
+        search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
+        for step in range(schedule.search, schedule.commit, schedule.interval):
+            search.learn(step, torch.zeros(plan.groups.num_gates), schedule.budget(step, 0.5))
+        mask = search.settle(plan.lots(1))
+        kept.append(plan.capacity(mask).item() / plan.capacity.dense)
+    assert kept[1] > kept[0]
+
+
+def test_a_gate_at_the_even_logit_opens_in_half_of_the_draws():
+    draws = torch.stack([binarise(torch.full((100,), EVEN), gumbel_noise(100, 0, step)) for step in range(200)])
+    assert draws.mean().item() == pytest.approx(0.5, abs=0.02)
