@@ -1,4 +1,4 @@
-"""What a step of ATO(SGD) costs over a step of SGD: the whole training step, both in the same run, taking turns.
+"""What a step of ATO(SGD) costs over a step of SGD: the whole training step, both in the same process, taking turns.
 
 python benchmarks/step_cost.py                 # torchvision's resnet50, batch 8, 64 x 64
 python benchmarks/step_cost.py --rounds 60 --out benchmarks/results/step_cost.json
@@ -13,10 +13,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ato_optim import ATO
@@ -27,6 +29,58 @@ CASES = {
     "masked channels held at zero": {"phases": (0, 0, 0, 0)},
     "controller turn": {"phases": (0, 0, 0.9, 1), "interval": 1},
 }
+
+Trained = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+
+def cases(dense: nn.Module, images: Tensor, rounds: int) -> dict[str, Trained]:
+    """SGD on `dense`, and ATO(SGD) on copies of it in every case."""
+    runs: dict[str, Trained] = {}
+    for name, options in CASES.items():
+        model = copy.deepcopy(dense)
+        runs[name] = model, ATO(sgd(model), model, images, target_flops=0.45, total_steps=10 * rounds, **options)
+    return {"SGD": (dense, sgd(dense)), **runs}
+
+
+def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+    """Of one training step."""
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def measure(runs: dict[str, Trained], images: Tensor, labels: Tensor, rounds: int) -> dict[str, Any]:
+    """Median milliseconds of a step of each run, and the median of its ratio to SGD's step in the same round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for k in tqdm(range(rounds + 3), desc="rounds"):
+        for name, run in runs.items():
+            spent = seconds(*run, images, labels)
+            if k >= 3:  # the first steps allocate
+                times[name].append(spent)
+    return {
+        "n": rounds,
+        "milliseconds": {name: round(1e3 * statistics.median(t), 1) for name, t in times.items()},
+        # Each round's step over SGD's step of the same round: what else the machine does cancels out.
+        "ratio_to_SGD": {
+            name: round(statistics.median(a / b for a, b in zip(t, times["SGD"], strict=True)), 4)
+            for name, t in times.items()
+        },
+    }
+
+
+def circumstances(script: str, argv: list[str], threads: int) -> dict[str, Any]:
+    """Command, hardware and versions."""
+    return {
+        "command": f"python benchmarks/{script} " + shlex.join(argv),
+        "hardware": f"{torch.cpu.get_capabilities().get('cpu_name')}, {threads} thread(s)",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def main() -> None:
@@ -41,44 +95,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     images, labels = torch.randn(args.batch, 3, args.size, args.size), torch.randint(1000, (args.batch,))
-    dense = torchvision.models.get_model(args.model, weights=None)
-
-    def sgd(model):
-        return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-
-    runs = {"SGD": (dense, sgd(dense))}
-    for name, options in CASES.items():
-        model = copy.deepcopy(dense)
-        runs[name] = model, ATO(sgd(model), model, images, target_flops=0.45, total_steps=10 * args.rounds, **options)
-
-    def seconds(model, optimizer) -> float:
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        return time.perf_counter() - start
-
-    times = {name: [] for name in runs}
-    for k in tqdm(range(args.rounds + 3), desc="rounds"):
-        for name, run in runs.items():
-            spent = seconds(*run)
-            if k >= 3:  # the first steps allocate
-                times[name].append(spent)
-
+    runs = cases(torchvision.models.get_model(args.model, weights=None), images, args.rounds)
     result = {
-        "command": "python benchmarks/step_cost.py " + shlex.join(sys.argv[1:]),
+        **circumstances("step_cost.py", sys.argv[1:], args.threads),
         "model": args.model,
         "batch": args.batch,
         "size": args.size,
-        "hardware": f"{torch.cpu.get_capabilities().get('cpu_name')}, {args.threads} thread(s)",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "n": args.rounds,
-        "milliseconds": {name: round(1e3 * statistics.median(t), 1) for name, t in times.items()},
-        # Each round's step over SGD's step of the same round: what else the machine does cancels out.
-        "ratio_to_SGD": {
-            name: round(statistics.median(a / b for a, b in zip(t, times["SGD"], strict=True)), 4)
-            for name, t in times.items()
-        },
+        **measure(runs, images, labels, args.rounds),
     }
     print(json.dumps(result, indent=1))
     if args.out:

@@ -20,13 +20,16 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "random": "#4d9221", "ato": "#2166ac"}
 
+DENSE_UNTIL = {"dense": 1.0, "narrow": 0.0, "magnitude": 0.5}
+"""Share of the run in which the whole network is trained; ATO's runs say it themselves."""
+
 Runs = list[dict[str, Any]]
 
 
 def load(prefix: str) -> Runs:
-    """Finished runs of train.py whose file name begins with `prefix`."""
+    """Finished runs of train.py whose file name begins with `prefix`, with their name."""
     paths = sorted((ROOT / "benchmarks" / "results").glob(f"{prefix}*.json"))
-    return [json.loads(path.read_text()) for path in paths]
+    return [{"name": path.stem, **json.loads(path.read_text())} for path in paths]
 
 
 def mean(values: list[float], form: str = "{:.2f}") -> str:
@@ -65,6 +68,13 @@ def with_error(values: list[float]) -> str:
     return f"{statistics.mean(values):+.2f}{error}"
 
 
+def training(run: dict[str, Any]) -> float:
+    """MACs of the training over those of a dense run: the whole network up to the cut, what is kept after it."""
+    method = run["arguments"]["method"]
+    dense = DENSE_UNTIL[method] if method in DENSE_UNTIL else run["at_cut"]["step"] / run["report"]["total_steps"]
+    return dense + (1 - dense) * run["macs_kept"]
+
+
 def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
     """Budget -> method -> runs; the dense network, which has none, is found under every budget."""
     dense = [run for run in runs if run["arguments"]["method"] == "dense"]
@@ -76,9 +86,10 @@ def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
 
 
 def comparison(runs: Runs) -> str:
-    """One row a budget and method: accuracy, its change against dense, what ato is ahead, what is kept, time."""
+    """One row a budget and method: accuracy, change against dense, what ato is ahead, what is kept, cost of training."""
     rows = [
-        "| budget | method | test accuracy, % | change | ato is ahead by | MACs kept | parameters kept | seconds | n |",
+        "| budget | method | test accuracy, % | change | ato is ahead by | MACs kept | parameters kept | "
+        "MACs of training | n |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for budget, methods in budgets(runs).items():
@@ -88,10 +99,10 @@ def comparison(runs: Runs) -> str:
             ahead = "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members))
             macs = mean([100 * run["macs_kept"] for run in members], "{:.1f}")
             parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
-            seconds = mean([run["seconds"] for run in members], "{:.0f}")
+            trained = 100 * statistics.mean(training(run) for run in members)
             rows.append(
                 f"| {100 * float(budget):.0f} % | {method} | {accuracy} | {change} | {ahead} | {macs} % | "
-                f"{parameters} % | {seconds} | {len(by_seed(members))} |"
+                f"{parameters} % | {trained:.0f} % | {len(by_seed(members))} |"
             )
     return "\n".join(rows)
 
@@ -110,22 +121,22 @@ def ablation(runs: Runs) -> str:
     return "\n".join(rows)
 
 
-def removal(runs: Runs) -> str:
-    """What the cut changed, of the runs of ATO."""
+def removal(runs: Runs, costs: dict[str, Any]) -> str:
+    """What the cut changed and what it saves, of the runs of ATO; `costs` are those of run_cost.py, by name."""
     rows = [
         "| run | step of the cut | accuracy before, % | after, % | largest logit | largest difference | "
-        "latency before, ms | after, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "latency before, ms | after, ms | time over SGD's, cut early | cut at the end |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
-        cut = run["at_cut"]
-        if cut:
-            a, ms = run["arguments"], cut["latency_ms"]
-            rows.append(
-                f"| {a['data']} {a['model']} seed {a['seed']} | {cut['step']} | {cut['accuracy_before']:.2f} | "
-                f"{cut['accuracy_after']:.2f} | {cut['largest_logit']:.1f} | {cut['largest_logit_difference']:.1e} | "
-                f"{ms['before']:.1f} | {ms['after']:.1f} |"
-            )
+        cut, a, ms = run["at_cut"], run["arguments"], run["at_cut"]["latency_ms"]
+        time = costs.get(run["name"], {}).get("run", {})
+        early, late = (f"{time[key]:.2f}" if time else "" for key in ("early", "at the end"))
+        rows.append(
+            f"| {a['model']}, {100 * a['target_flops']:.0f} %, {a['method']}, seed {a['seed']} | {cut['step']} | "
+            f"{cut['accuracy_before']:.2f} | {cut['accuracy_after']:.2f} | {cut['largest_logit']:.1f} | "
+            f"{cut['largest_logit_difference']:.1e} | {ms['before']:.1f} | {ms['after']:.1f} | {early} | {late} |"
+        )
     return "\n".join(rows)
 
 
@@ -290,9 +301,11 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     cifar, digits, ablations = load("cifar10-resnet20-"), load("digits-"), load("ablation-")
     ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
+    costs = json.loads((ROOT / "benchmarks" / "results" / "run_cost.json").read_text())
     tables = {
         "comparison": comparison(cifar),
-        "removal": removal(ato),
+        "removal": removal(ato, costs["runs"]),
+        "run cost": f"`{costs['command']}`, {costs['hardware']}, torch {costs['versions']['torch']}",
         "commands": commands(cifar),
         "projections": projections(digits),
         "projection commands": commands(digits[:1]),

@@ -72,9 +72,10 @@ def finished(method, seed, accuracy, budget=0.45, **more):
     arguments = {"method": method, "seed": seed, "target_flops": budget, "ato": {}, "early": True} | more
     kept = 1.0 if method == "dense" else budget
     widths = {"stem": 16, "fc": 10} if method == "dense" else {"stem": 7, "fc": 10}
+    cut = {"at_cut": {"step": 32}, "report": {"total_steps": 100}} if method in ("ato", "random") else {}
     return {
         "arguments": arguments, "accuracy": accuracy, "macs_kept": kept, "parameters": 100 * kept,
-        "dense_parameters": 100, "seconds": 60.0, "widths": widths,
+        "dense_parameters": 100, "widths": widths, **cut,
     }  # fmt: skip
 
 
@@ -89,7 +90,8 @@ def test_tables_compare_seed_by_seed_and_budget_by_budget(tmp_path):
     ]  # fmt: skip
     assert rows[2][2:4] == ["90.00 ± 0.90", "-1.00 ± 0.06"]  # deviation over seeds; error of the paired change
     assert rows[1][4] == "+2.05 ± 0.05"  # over the two seeds that both have
-    assert rows[4][2:] == ["88.00", "-2.00", "", "30.0 %", "30.0 %", "60", "1"]
+    assert rows[4][2:] == ["88.00", "-2.00", "", "30.0 %", "30.0 %", "52 %", "1"]  # 0.32 dense, then 0.3
+    assert [row[7] for row in rows] == ["100 %", "45 %", "63 %", "100 %", "52 %"]
     tables.draw_accuracy(runs, tmp_path / "accuracy.png")
     tables.draw_layers(runs, tmp_path / "layers.png")
     assert (tmp_path / "accuracy.png").stat().st_size and (tmp_path / "layers.png").stat().st_size

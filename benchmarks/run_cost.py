@@ -1,0 +1,79 @@
+"""What whole runs of ATO(SGD) cost over the same runs of SGD, with the channels removed early and at the end.
+
+    python benchmarks/run_cost.py OUT/cifar10-resnet20-ato-0.json OUT/cifar10-resnet20-ato-1.json
+
+Takes finished runs of train.py on images of 3 x 32 x 32, each with its compressed network beside it (.pt). Steps of
+every kind are measured in one process, taking turns, and added up as often as the run made them: what else the machine
+did while it trained does not enter.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ato_optim import load_pruned
+
+sys.path.insert(0, str(Path(__file__).parent))
+import models
+from step_cost import cases, circumstances, measure, sgd
+
+IMAGE = (3, 32, 32)
+
+
+def run_cost(report: dict[str, Any], ratio: dict[str, float]) -> dict[str, float]:
+    """Time of a run over that of the same run of SGD, from what its steps cost over one of SGD.
+
+    Args:
+        report: the run's own, with the steps of its turns.
+        ratio: of a step of each of step_cost's cases, and of the compressed network ("compressed").
+    """
+    _, pull, commit, zero = report["boundaries"]
+    turns = [step for step, _ in report["history"] if step < commit]
+    plain = pull - sum(step < pull for step in turns)
+    pulled = zero - pull - sum(step >= pull for step in turns)
+    searched = plain + pulled * ratio["pull on masked channels"] + len(turns) * ratio["controller turn"]
+    total, rest = report["total_steps"], report["total_steps"] - zero
+    return {
+        "early": (searched + rest * ratio["compressed"]) / total,
+        "at the end": (searched + rest * ratio["masked channels held at zero"]) / total,
+    }
+
+
+def measured(path: Path, rounds: int) -> dict[str, Any]:
+    """The cost of the run whose JSON file is `path`."""
+    run = json.loads(path.read_text())
+    arguments, classes = run["arguments"], list(run["widths"].values())[-1]
+    dense = models.build(arguments["model"], classes, IMAGE).to(memory_format=torch.channels_last)
+    small = load_pruned(copy.deepcopy(dense), path.with_suffix(".pt")).train()
+    images = torch.randn(arguments["batch"], *IMAGE).to(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (len(images),))
+    runs = {**cases(dense.train(), images, rounds), "compressed": (small, sgd(small))}
+    found = measure(runs, images, labels, rounds)
+    return {**found, "run": run_cost(run["report"], found["ratio_to_SGD"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="JSON files that train.py wrote")
+    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each kind")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    costs = {path.stem: measured(path, args.rounds) for path in args.runs}
+    # As it was called, but for the names of folders, which are nobody else's.
+    words = [f"OUT/{Path(word).name}" if word.endswith(".json") else word for word in sys.argv[1:]]
+    result = {**circumstances("run_cost.py", words, args.threads), "runs": costs}
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
