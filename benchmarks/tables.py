@@ -20,6 +20,13 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "random": "#4d9221", "ato": "#2166ac"}
 
+PAPER = (
+    ("resnet56", 0.45, "+0.24"),
+    ("resnet56", 0.35, "-0.02"),
+    ("mobilenet_v2", 0.54, "+0.33"),
+    ("resnet18", 0.2, "+0.10"),
+)
+"""Networks and budgets of Wu et al. 2024 on CIFAR-10, and the change of accuracy that they report."""
 DENSE_UNTIL = {"dense": 1.0, "narrow": 0.0, "magnitude": 0.5}
 """Share of the run in which the whole network is trained; ATO's runs say it themselves."""
 
@@ -86,24 +93,44 @@ def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
 
 
 def comparison(runs: Runs) -> str:
-    """One row a budget and method: accuracy, change against dense, what ato is ahead, what is kept, cost of training."""
+    """One row a budget and method: accuracy, change against dense, lead of ato, what is kept, cost of training."""
     rows = [
         "| budget | method | test accuracy, % | change | ato is ahead by | MACs kept | parameters kept | "
         "MACs of training | n |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for budget, methods in budgets(runs).items():
-        for method, members in methods.items():
-            accuracy = mean(list(by_seed(members).values()))
-            change = "" if method == "dense" else with_error(lead(members, methods["dense"]))
-            ahead = "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members))
-            macs = mean([100 * run["macs_kept"] for run in members], "{:.1f}")
-            parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
-            trained = 100 * statistics.mean(training(run) for run in members)
-            rows.append(
-                f"| {100 * float(budget):.0f} % | {method} | {accuracy} | {change} | {ahead} | {macs} % | "
-                f"{parameters} % | {trained:.0f} % | {len(by_seed(members))} |"
-            )
+        rows += [f"| {100 * float(budget):.0f} % | {' | '.join(cells(method, methods))} |" for method in methods]
+    return "\n".join(rows)
+
+
+def cells(method: str, methods: dict[str, Runs]) -> list[str]:
+    """A method's row of the comparison, without the budget; `methods` are all that have the same budget."""
+    members = methods[method]
+    return [
+        method,
+        mean(list(by_seed(members).values())),
+        "" if method == "dense" else with_error(lead(members, methods["dense"])),
+        "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members)),
+        mean([100 * run["macs_kept"] for run in members], "{:.1f}") + " %",
+        mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}") + " %",
+        f"{100 * statistics.mean(training(run) for run in members):.0f} %",
+        f"{len(by_seed(members))}",
+    ]
+
+
+def paper_scale(runs: dict[str, Runs]) -> str:
+    """The comparison for the networks of the paper's CIFAR-10 table, by model; cells without runs stay empty."""
+    rows = [
+        "| model | budget | paper's change | method | test accuracy, % | change | ato is ahead by | MACs kept | "
+        "parameters kept | MACs of training | n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, budget, change in PAPER:
+        methods = budgets(runs[model]).get(str(budget), {})
+        for method in ("dense", "narrow", "magnitude", "ato"):
+            found = cells(method, methods) if methods.get(method) else [method, *[""] * 7]
+            rows.append(f"| {model} | {100 * budget:.0f} % | {change} | {' | '.join(found)} |")
     return "\n".join(rows)
 
 
@@ -304,6 +331,7 @@ def main() -> None:
     costs = json.loads((ROOT / "benchmarks" / "results" / "run_cost.json").read_text())
     tables = {
         "comparison": comparison(cifar),
+        "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "removal": removal(ato, costs["runs"]),
         "run cost": f"`{costs['command']}`, {costs['hardware']}, torch {costs['versions']['torch']}",
         "commands": commands(cifar),

@@ -97,6 +97,16 @@ def test_tables_compare_seed_by_seed_and_budget_by_budget(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size and (tmp_path / "layers.png").stat().st_size
 
 
+def test_rows_of_paper_scale_stay_empty_until_there_are_runs():
+    runs = {model: [] for model, *_ in tables.PAPER} | {
+        "resnet18": [finished("dense", 0, 94.0), finished("ato", 0, 94.5, budget=0.2)]
+    }
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.paper_scale(runs).splitlines()[2:]]
+    filled = {(row[0], row[3]): row[4:6] for row in rows if any(row[4:])}
+    assert filled == {("resnet18", "dense"): ["94.00", ""], ("resnet18", "ato"): ["94.50", "+0.50"]}
+    assert len(rows) == 4 * len(tables.PAPER)
+
+
 def test_a_seed_that_was_run_twice_counts_with_its_mean():
     runs = [finished("dense", seed, 90.0) for seed in range(2)]
     runs += [finished("narrow", 0, 86.0), finished("narrow", 0, 88.0), finished("narrow", 1, 88.0)]
