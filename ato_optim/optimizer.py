@@ -82,7 +82,7 @@ class ATO(torch.optim.Optimizer):
         phases: Sequence[float] = (0.1, 0.25, 0.3, 0.32),
         interval: int | None = None,
         gamma: float = 8.0,
-        beta: float = 0.6,
+        beta: float = 0.3,
         controller_lr: float | None = None,
         controller_weight_decay: float = 1e-2,
         seed: int = 0,
