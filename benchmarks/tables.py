@@ -12,14 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from figures import draw_accuracy, draw_layers, draw_report
+from runs import ROOT, Runs, budgets, by_seed, grouped, lead, load, mean, training, with_error
 
-from ato_optim import Report, Width
-
-ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
-METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "random": "#4d9221", "ato": "#2166ac"}
-
 PAPER = (
     ("resnet56", 0.45, "+0.24"),
     ("resnet56", 0.35, "-0.02"),
@@ -27,69 +23,6 @@ PAPER = (
     ("resnet18", 0.2, "+0.10"),
 )
 """Networks and budgets of Wu et al. 2024 on CIFAR-10, and the change of accuracy that they report."""
-DENSE_UNTIL = {"dense": 1.0, "narrow": 0.0, "magnitude": 0.5}
-"""Share of the run in which the whole network is trained; ATO's runs say it themselves."""
-
-Runs = list[dict[str, Any]]
-
-
-def load(prefix: str) -> Runs:
-    """Finished runs of train.py whose file name begins with `prefix`, with their name."""
-    paths = sorted((ROOT / "benchmarks" / "results").glob(f"{prefix}*.json"))
-    return [{"name": path.stem, **json.loads(path.read_text())} for path in paths]
-
-
-def mean(values: list[float], form: str = "{:.2f}") -> str:
-    """The mean, with the standard deviation where there is more than one value."""
-    text = form.format(statistics.mean(values))
-    return f"{text} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else text
-
-
-def grouped(runs: Runs, *keys: str) -> dict[tuple[str, ...], Runs]:
-    """`runs` by the values of some of their arguments, in the order of METHODS."""
-    groups: dict[tuple[str, ...], Runs] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: list(METHODS).index(run["arguments"]["method"])):
-        groups[tuple(str(run["arguments"][key]) for key in keys)].append(run)
-    return groups
-
-
-def by_seed(runs: Runs) -> dict[int, float]:
-    """The accuracy of each seed; one that was run more than once, in other precisions say, counts with its mean."""
-    found: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        found[run["arguments"]["seed"]].append(run["accuracy"])
-    return {seed: statistics.mean(values) for seed, values in found.items()}
-
-
-def lead(runs: Runs, others: Runs) -> list[float]:
-    """What `runs` are ahead of `others` in accuracy, seed by seed: both saw the same data in the same order."""
-    mine, theirs = by_seed(runs), by_seed(others)
-    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-
-
-def with_error(values: list[float]) -> str:
-    """The mean with its sign, and its standard error where there is more than one value."""
-    if not values:
-        return ""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.2f}{error}"
-
-
-def training(run: dict[str, Any]) -> float:
-    """MACs of the training over those of a dense run: the whole network up to the cut, what is kept after it."""
-    method = run["arguments"]["method"]
-    dense = DENSE_UNTIL[method] if method in DENSE_UNTIL else run["at_cut"]["step"] / run["report"]["total_steps"]
-    return dense + (1 - dense) * run["macs_kept"]
-
-
-def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
-    """Budget -> method -> runs; the dense network, which has none, is found under every budget."""
-    dense = [run for run in runs if run["arguments"]["method"] == "dense"]
-    found: dict[str, dict[str, Runs]] = {}
-    for (budget, method), members in grouped(runs, "target_flops", "method").items():
-        if method != "dense":
-            found.setdefault(budget, {"dense": dense})[method] = members
-    return dict(sorted(found.items(), reverse=True))
 
 
 def comparison(runs: Runs) -> str:
@@ -145,6 +78,20 @@ def ablation(runs: Runs) -> str:
         ahead = "" if members is default else with_error(lead(default, members))
         accuracy = mean([run["accuracy"] for run in members])
         rows.append(f"| {', '.join(changes) or 'none'} | {accuracy} | {ahead} | {len(members)} |")
+    return "\n".join(rows)
+
+
+def capacity(weights: dict[str, Runs], default: str) -> str:
+    """One row a weight of the capacity in the controller's loss: accuracy and what is kept."""
+    rows = [
+        "| beta | test accuracy, % | the default is ahead by | parameters kept | n |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for beta, members in weights.items():
+        ahead = "" if beta == default else with_error(lead(weights[default], members))
+        parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
+        accuracy = mean([run["accuracy"] for run in members])
+        rows.append(f"| {beta} | {accuracy} | {ahead} | {parameters} % | {len(members)} |")
     return "\n".join(rows)
 
 
@@ -266,54 +213,6 @@ def zoo_reasons(models: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*rows, *(f"| {reason} | {len(layers)} | {sum(layers)} |" for reason, layers in most)])
 
 
-def draw_accuracy(runs: Runs, path: Path) -> None:
-    """Accuracy against the share of MACs that is kept: means over seeds, with the standard deviation."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.subplots()
-    points: dict[str, list[Runs]] = defaultdict(list)
-    for methods in budgets(runs).values():
-        for method, members in methods.items():
-            if members not in points[method]:
-                points[method].append(members)
-    for method, settings in points.items():
-        macs = [100 * statistics.mean(run["macs_kept"] for run in members) for members in settings]
-        accuracy = [list(by_seed(members).values()) for members in settings]
-        means = [statistics.mean(values) for values in accuracy]
-        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracy]
-        axes.errorbar(macs, means, deviations, color=METHODS[method], marker="o", capsize=3, linewidth=1, label=method)
-    axes.set_xlim(0, 105)
-    axes.set_xlabel("% of dense MACs")
-    axes.set_ylabel("test accuracy, %")
-    axes.grid(color="#e5e7e9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
-def draw_layers(runs: Runs, path: Path) -> None:
-    """Share of each layer's channels that every method keeps, mean over seeds, from the stem to the classifier."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    axes = figure.subplots()
-    groups = {method: members for (method,), members in grouped(runs, "method").items()}
-    whole = groups["dense"][0]["widths"]
-    for method, members in groups.items():
-        shares = [statistics.mean(run["widths"][name] for run in members) / width for name, width in whole.items()]
-        axes.plot(range(len(whole)), [100 * share for share in shares], color=METHODS[method], marker=".", label=method)
-    axes.set_xticks(range(len(whole)), list(whole), rotation=90, fontsize=7)
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("% of the channels kept")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
-def draw_report(run: dict[str, Any], path: Path) -> None:
-    """The figure of a run's own report."""
-    fields = run["report"]
-    widths = tuple(Width(**width) for width in fields["widths"])
-    Report(**{**fields, "widths": widths}).figure().savefig(path, dpi=150)
-
-
 def fill(page: Path, tables: dict[str, str]) -> None:
     """Write `tables` into their places in `page`."""
     text = page.read_text()
@@ -328,6 +227,7 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     cifar, digits, ablations = load("cifar10-resnet20-"), load("digits-"), load("ablation-")
     ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
+    at_45 = budgets(cifar)["0.45"]
     costs = json.loads((ROOT / "benchmarks" / "results" / "run_cost.json").read_text())
     tables = {
         "comparison": comparison(cifar),
@@ -339,6 +239,9 @@ def main() -> None:
         "projection commands": commands(digits[:1]),
         "step cost": step_cost(),
     }
+    weights = {beta: load(f"capacity-{beta}-cifar10-") for beta in ("0", "0.6")}
+    tables["capacity"] = capacity({"0": weights["0"], "0.3": at_45["ato"], "0.6": weights["0.6"]}, "0.3")
+    tables["capacity commands"] = commands([run for members in weights.values() for run in members])
     if ablations:
         tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
     fill(ROOT / "docs" / "results.md", tables)
@@ -357,9 +260,8 @@ def main() -> None:
     fill(ROOT / "README.md", {"comparison": tables["comparison"]})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     draw_report(ato[0], FIGURES / "widths.png")
-    methods = next(iter(budgets(cifar).values()))
     # The first runs were made before widths were recorded.
-    draw_layers([run for members in methods.values() for run in members if "widths" in run], FIGURES / "layers.png")
+    draw_layers([run for members in at_45.values() for run in members if "widths" in run], FIGURES / "layers.png")
 
 
 if __name__ == "__main__":

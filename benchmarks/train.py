@@ -25,13 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import torch_pruning as tp
 import torchvision
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from tqdm import tqdm
 
 from ato_optim import ATO, load_pruned, save_pruned
@@ -40,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import data
 import models
 from chance import leave_to_chance
+from controls import narrow, prune_by_magnitude
+from measure import evaluate, hardware, latency, macs
 
 RECORDED = (
     "model",
@@ -111,96 +110,12 @@ def amp_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else None
 
 
-@torch.compiler.set_stance("force_eager")
-def macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one forward, as torch's FlopCounterMode counts them."""
-    training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(example)
-    model.train(training)
-    return counter.get_total_flops() // 2
-
-
-def classifier(model: nn.Module) -> nn.Module:
-    """The last linear layer: its outputs are the network's and stay."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-
-
-def thinned(model: nn.Module, example: Tensor, factor: float) -> nn.Module:
-    """A copy of `model` in which every layer keeps the first round(factor * channels) channels."""
-    small = copy.deepcopy(model)
-    graph = tp.DependencyGraph().build_dependency(small, example)
-    for group in graph.get_all_groups(ignored_layers=[classifier(small)]):
-        root, prune = group[0].dep.target.module, group[0].dep.handler
-        channels = graph.get_out_channels(root)
-        graph.get_pruning_group(root, prune, list(range(max(1, round(factor * channels)), channels))).prune()
-    return small.train()
-
-
-def narrow(model: nn.Module, example: Tensor, wanted: float) -> nn.Module:
-    """The uniformly thinned copy of `model` whose MACs are closest to `wanted`."""
-    low, high, networks = 0.0, 1.0, []
-    for _ in range(10):
-        networks.append(thinned(model, example, (low + high) / 2))
-        low, high = ((low + high) / 2, high) if macs(networks[-1], example) < wanted else (low, (low + high) / 2)
-    return min(networks, key=lambda network: abs(macs(network, example) - wanted))
-
-
-def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float) -> None:
-    """Remove the channels of the smallest group norm, wherever they are, until `wanted` MACs are left."""
-    steps = 400
-    model.eval()
-    pruner = tp.pruner.BasePruner(
-        model, example, tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=0.98,
-        iterative_steps=steps, ignored_layers=[classifier(model)],
-    )  # fmt: skip
-    for _ in range(steps):
-        pruner.step()
-        if macs(model, example) <= wanted:
-            break
-    model.train()
-
-
 def learning_rate(args: argparse.Namespace, step: int, per_epoch: int) -> float:
     """Linear warm-up, then half a cosine to zero."""
     warmup, total = args.warmup_epochs * per_epoch, args.epochs * per_epoch
     if step < warmup:
         return args.lr * (step + 1) / warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: data.Batches, test: data.Split) -> tuple[float, Tensor]:
-    """Test accuracy in percent and the logits (N, classes), float32."""
-    model.eval()
-    logits = torch.cat([model(batches.normalise(images)) for images in test.images.split(500)])
-    model.train()
-    return 100 * (logits.argmax(1) == test.labels).float().mean().item(), logits
-
-
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
-def latency(networks: dict[str, nn.Module], x: Tensor, repeats: int = 30) -> dict[str, float]:
-    """Median milliseconds of one forward on the batch `x`, the networks taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    for model in networks.values():
-        model.eval()
-    for _ in range(repeats):
-        for name, model in networks.items():
-            start = time.perf_counter()
-            model(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(t)) for name, t in times.items()}
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} thread(s)"
 
 
 def commit() -> str | None:

@@ -19,6 +19,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
+import figures
 import tables
 from chance import leave_to_chance
 
@@ -92,8 +93,8 @@ def test_tables_compare_seed_by_seed_and_budget_by_budget(tmp_path):
     assert rows[1][4] == "+2.05 ± 0.05"  # over the two seeds that both have
     assert rows[4][2:] == ["88.00", "-2.00", "", "30.0 %", "30.0 %", "52 %", "1"]  # 0.32 dense, then 0.3
     assert [row[7] for row in rows] == ["100 %", "45 %", "63 %", "100 %", "52 %"]
-    tables.draw_accuracy(runs, tmp_path / "accuracy.png")
-    tables.draw_layers(runs, tmp_path / "layers.png")
+    figures.draw_accuracy(runs, tmp_path / "accuracy.png")
+    figures.draw_layers(runs, tmp_path / "layers.png")
     assert (tmp_path / "accuracy.png").stat().st_size and (tmp_path / "layers.png").stat().st_size
 
 

@@ -1,0 +1,47 @@
+"""The simpler ways to a smaller network: a uniformly thin one, and torch-pruning's cut by magnitude."""
+
+import copy
+
+import torch_pruning as tp
+from measure import macs
+from torch import Tensor, nn
+
+
+def classifier(model: nn.Module) -> nn.Module:
+    """The last linear layer: its outputs are the network's and stay."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+
+
+def thinned(model: nn.Module, example: Tensor, factor: float) -> nn.Module:
+    """A copy of `model` in which every layer keeps the first round(factor * channels) channels."""
+    small = copy.deepcopy(model)
+    graph = tp.DependencyGraph().build_dependency(small, example)
+    for group in graph.get_all_groups(ignored_layers=[classifier(small)]):
+        root, prune = group[0].dep.target.module, group[0].dep.handler
+        channels = graph.get_out_channels(root)
+        graph.get_pruning_group(root, prune, list(range(max(1, round(factor * channels)), channels))).prune()
+    return small.train()
+
+
+def narrow(model: nn.Module, example: Tensor, wanted: float) -> nn.Module:
+    """The uniformly thinned copy of `model` whose MACs are closest to `wanted`."""
+    low, high, networks = 0.0, 1.0, []
+    for _ in range(10):
+        networks.append(thinned(model, example, (low + high) / 2))
+        low, high = ((low + high) / 2, high) if macs(networks[-1], example) < wanted else (low, (low + high) / 2)
+    return min(networks, key=lambda network: abs(macs(network, example) - wanted))
+
+
+def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float) -> None:
+    """Remove the channels of the smallest group norm, wherever they are, until `wanted` MACs are left."""
+    steps = 400
+    model.eval()
+    pruner = tp.pruner.BasePruner(
+        model, example, tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=0.98,
+        iterative_steps=steps, ignored_layers=[classifier(model)],
+    )  # fmt: skip
+    for _ in range(steps):
+        pruner.step()
+        if macs(model, example) <= wanted:
+            break
+    model.train()

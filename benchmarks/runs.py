@@ -1,0 +1,74 @@
+"""Finished runs of train.py: reading them, grouping them, and statistics over their seeds."""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "random": "#4d9221", "ato": "#2166ac"}
+
+DENSE_UNTIL = {"dense": 1.0, "narrow": 0.0, "magnitude": 0.5}
+"""Share of the run in which the whole network is trained; ATO's runs say it themselves."""
+
+Runs = list[dict[str, Any]]
+
+
+def load(prefix: str) -> Runs:
+    """Finished runs of train.py whose file name begins with `prefix`, with their name."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob(f"{prefix}*.json"))
+    return [{"name": path.stem, **json.loads(path.read_text())} for path in paths]
+
+
+def mean(values: list[float], form: str = "{:.2f}") -> str:
+    """The mean, with the standard deviation where there is more than one value."""
+    text = form.format(statistics.mean(values))
+    return f"{text} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else text
+
+
+def grouped(runs: Runs, *keys: str) -> dict[tuple[str, ...], Runs]:
+    """`runs` by the values of some of their arguments, in the order of METHODS."""
+    groups: dict[tuple[str, ...], Runs] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: list(METHODS).index(run["arguments"]["method"])):
+        groups[tuple(str(run["arguments"][key]) for key in keys)].append(run)
+    return groups
+
+
+def by_seed(runs: Runs) -> dict[int, float]:
+    """The accuracy of each seed; one that was run more than once, in other precisions say, counts with its mean."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        found[run["arguments"]["seed"]].append(run["accuracy"])
+    return {seed: statistics.mean(values) for seed, values in found.items()}
+
+
+def lead(runs: Runs, others: Runs) -> list[float]:
+    """What `runs` are ahead of `others` in accuracy, seed by seed: both saw the same data in the same order."""
+    mine, theirs = by_seed(runs), by_seed(others)
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def with_error(values: list[float]) -> str:
+    """The mean with its sign, and its standard error where there is more than one value."""
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.2f}{error}"
+
+
+def training(run: dict[str, Any]) -> float:
+    """MACs of the training over those of a dense run: the whole network up to the cut, what is kept after it."""
+    method = run["arguments"]["method"]
+    dense = DENSE_UNTIL[method] if method in DENSE_UNTIL else run["at_cut"]["step"] / run["report"]["total_steps"]
+    return dense + (1 - dense) * run["macs_kept"]
+
+
+def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
+    """Budget -> method -> runs; the dense network, which has none, is found under every budget."""
+    dense = [run for run in runs if run["arguments"]["method"] == "dense"]
+    found: dict[str, dict[str, Runs]] = {}
+    for (budget, method), members in grouped(runs, "target_flops", "method").items():
+        if method != "dense":
+            found.setdefault(budget, {"dense": dense})[method] = members
+    return dict(sorted(found.items(), reverse=True))
