@@ -7,9 +7,9 @@ every kind are measured in one process, taking turns, and added up as often as t
 did while it trained does not enter.
 """
 
-import argparse
 import copy
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ato_optim import load_pruned
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models
-from step_cost import cases, circumstances, measure, sgd
+from step_cost import cases, measure, parser, publish, sgd
 
 IMAGE = (3, 32, 32)
 
@@ -58,21 +58,15 @@ def measured(path: Path, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="JSON files that train.py wrote")
-    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each kind")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    arguments = parser(__doc__, rounds=20)
+    arguments.add_argument("runs", nargs="+", type=Path, help="JSON files that train.py wrote")
+    args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     costs = {path.stem: measured(path, args.rounds) for path in args.runs}
     # As it was called, but for the names of folders, which are nobody else's.
     words = [f"OUT/{Path(word).name}" if word.endswith(".json") else word for word in sys.argv[1:]]
-    result = {**circumstances("run_cost.py", words, args.threads), "runs": costs}
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish("python benchmarks/run_cost.py " + shlex.join(words), {"runs": costs}, args.out)
 
 
 if __name__ == "__main__":

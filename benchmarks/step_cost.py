@@ -23,6 +23,9 @@ from tqdm import tqdm
 
 from ato_optim import ATO
 
+sys.path.insert(0, str(Path(__file__).parent))
+from measure import hardware
+
 # Phases that put every measured step into the part of a run that is looked at.
 CASES = {
     "pull on masked channels": {"phases": (0, 0, 0, 1)},
@@ -74,38 +77,42 @@ def measure(runs: dict[str, Trained], images: Tensor, labels: Tensor, rounds: in
     }
 
 
-def circumstances(script: str, argv: list[str], threads: int) -> dict[str, Any]:
-    """Command, hardware and versions."""
-    return {
-        "command": f"python benchmarks/{script} " + shlex.join(argv),
-        "hardware": f"{torch.cpu.get_capabilities().get('cpu_name')}, {threads} thread(s)",
+def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A parser with what every measurement of times can be told."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help="measured steps of each kind")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--out", type=Path)
+    return made
+
+
+def publish(command: str, found: dict[str, Any], out: Path | None) -> None:
+    """Print what was `found` with command, hardware and versions, and write it to `out`."""
+    result = {
+        "command": command,
+        "hardware": hardware(torch.device("cpu")),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **found,
     }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out:
+        out.write_text(text + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=30, help="measured steps of each optimizer")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    arguments = parser(__doc__, rounds=30)
+    arguments.add_argument("--model", default="resnet50")
+    arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--size", type=int, default=64)
+    args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     images, labels = torch.randn(args.batch, 3, args.size, args.size), torch.randint(1000, (args.batch,))
     runs = cases(torchvision.models.get_model(args.model, weights=None), images, args.rounds)
-    result = {
-        **circumstances("step_cost.py", sys.argv[1:], args.threads),
-        "model": args.model,
-        "batch": args.batch,
-        "size": args.size,
-        **measure(runs, images, labels, args.rounds),
-    }
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    setting = {"model": args.model, "batch": args.batch, "size": args.size}
+    command = "python benchmarks/step_cost.py " + shlex.join(sys.argv[1:])
+    publish(command, {**setting, **measure(runs, images, labels, args.rounds)}, args.out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 What stands in a page between <!-- NAME --> and <!-- end --> is written anew; the rest is prose.
 """
 
+import inspect
 import json
 import re
 import statistics
@@ -14,6 +15,8 @@ from typing import Any
 
 from figures import draw_accuracy, draw_layers, draw_report
 from runs import ROOT, Runs, budgets, by_seed, grouped, lead, load, mean, training, with_error
+
+from ato_optim import ATO
 
 FIGURES = ROOT / "docs" / "figures"
 PAPER = (
@@ -239,8 +242,9 @@ def main() -> None:
         "projection commands": commands(digits[:1]),
         "step cost": step_cost(),
     }
+    default = str(inspect.signature(ATO).parameters["beta"].default)
     weights = {beta: load(f"capacity-{beta}-cifar10-") for beta in ("0", "0.6")}
-    tables["capacity"] = capacity({"0": weights["0"], "0.3": at_45["ato"], "0.6": weights["0.6"]}, "0.3")
+    tables["capacity"] = capacity(dict(sorted({**weights, default: at_45["ato"]}.items())), default)
     tables["capacity commands"] = commands([run for members in weights.values() for run in members])
     if ablations:
         tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}

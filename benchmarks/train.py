@@ -79,7 +79,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="train through torch.compile; evaluation stays eager")
     add("--threads", type=int, help="CPU threads; default: torch's")
     add("--out", type=Path, default=Path("runs"), help="folder of checkpoint, JSON and figure")
-    add("--name", help="name of the run; default: data-model-method-seed")
+    add("--name", help="name of the run; default: data-model-method-percent-seed")
     add("--resume", action="store_true", help="go on from the run's own checkpoint, if there is one")
     add("--evaluate", type=Path, metavar="FILE", help="train nothing: print accuracy and MACs of the network in FILE")
     add("--save-every", type=float, default=60, metavar="S", help="seconds between checkpoints")
@@ -88,7 +88,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     folders = {str(args.data_dir): "DIR", str(args.out): "OUT"}
     args.argv = [folders.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     args.epochs = args.epochs or (40 if args.data == "digits" else 16)
-    args.name = args.name or f"{args.data}-{args.model}-{args.method}-{args.seed}"
+    # Runs of different budgets in one folder must not go on from each other's checkpoints.
+    budget = "" if args.method == "dense" else f"-{100 * args.target_flops:g}"
+    args.name = args.name or f"{args.data}-{args.model}-{args.method}{budget}-{args.seed}"
     return args
 
 

@@ -22,6 +22,8 @@ pytest.importorskip("matplotlib")
 import figures
 import tables
 from chance import leave_to_chance
+from run_cost import run_cost
+from train import arguments
 
 
 def command(folder, *options):
@@ -46,11 +48,11 @@ def test_a_killed_run_goes_on_to_the_same_result(early, tmp_path):
     whole = run(tmp_path / "whole", *early)
     assert 0.44 <= whole["macs_kept"] <= 0.45
     assert whole["at_cut"]["largest_logit_difference"] < 1e-5 * whole["at_cut"]["largest_logit"]
-    assert (tmp_path / "whole" / "digits-resnet20-ato-0.png").exists()
+    assert (tmp_path / "whole" / "digits-resnet20-ato-45-0.png").exists()
 
     folder = tmp_path / "killed"
     folder.mkdir()
-    checkpoint = folder / "digits-resnet20-ato-0.ckpt"
+    checkpoint = folder / "digits-resnet20-ato-45-0.ckpt"
     killed = 0
     for wait in (0.3, 2.0):  # once soon after the first checkpoint, once later
         options = (*early, "--resume", "--save-every", "0")
@@ -106,6 +108,36 @@ def test_rows_of_paper_scale_stay_empty_until_there_are_runs():
     filled = {(row[0], row[3]): row[4:6] for row in rows if any(row[4:])}
     assert filled == {("resnet18", "dense"): ["94.00", ""], ("resnet18", "ato"): ["94.50", "+0.50"]}
     assert len(rows) == 4 * len(tables.PAPER)
+
+
+def test_a_run_costs_what_its_steps_cost():
+    """Twenty steps, one by one: turns at 2, 4 and 6, the pull after 5, the cut after 8."""
+    report = {
+        "boundaries": [1, 5, 7, 8], "total_steps": 20, "history": [[2, 0.9], [4, 0.7], [6, 0.5], [7, 0.45]],
+    }  # fmt: skip
+    ratio = {
+        "SGD": 1.0, "pull on masked channels": 1.25, "masked channels held at zero": 1.125, "controller turn": 1.5,
+        "compressed": 0.5,
+    }  # fmt: skip
+    searched = [1, 1, 1.5, 1, 1.5, 1.25, 1.5, 1.25]
+    found = run_cost(report, ratio)
+    assert found["early"] == sum(searched + 12 * [0.5]) / 20
+    assert found["at the end"] == sum(searched + 12 * [1.125]) / 20
+
+
+def test_runs_of_different_budgets_have_names_of_their_own():
+    """Or --resume would take up the checkpoint of another budget."""
+    names = {arguments(["--method", "magnitude", "--target-flops", share]).name for share in ("0.45", "0.35", "0.455")}
+    assert len(names) == 3
+
+
+def test_the_capacity_table_compares_with_the_default_seed_by_seed():
+    weights = {
+        "0": [finished("ato", seed, 79.0 + seed) for seed in range(2)],
+        "0.3": [finished("ato", seed, 80.0 + seed) for seed in range(2)],
+    }
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.capacity(weights, "0.3").splitlines()[2:]]
+    assert [(row[0], row[2]) for row in rows] == [("0", "+1.00 ± 0.00"), ("0.3", "")]
 
 
 def test_a_seed_that_was_run_twice_counts_with_its_mean():
