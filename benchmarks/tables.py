@@ -84,17 +84,18 @@ def ablation(runs: Runs) -> str:
     return "\n".join(rows)
 
 
-def capacity(weights: dict[str, Runs], default: str) -> str:
-    """One row a weight of the capacity in the controller's loss: accuracy and what is kept."""
+def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
+    """One row a value of `setting`, of which `default` is what ATO does unasked."""
     rows = [
-        "| beta | test accuracy, % | the default is ahead by | parameters kept | n |",
-        "| --- | --- | --- | --- | --- |",
+        f"| {setting} | test accuracy, % | the default is ahead by | parameters kept | MACs of training | n |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for beta, members in weights.items():
-        ahead = "" if beta == default else with_error(lead(weights[default], members))
+    for value, members in sorted(groups.items()):
+        ahead = "" if value == default else with_error(lead(groups[default], members))
         parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
         accuracy = mean([run["accuracy"] for run in members])
-        rows.append(f"| {beta} | {accuracy} | {ahead} | {parameters} % | {len(members)} |")
+        cost = f"{100 * statistics.mean(training(run) for run in members):.0f} %"
+        rows.append(f"| {value} | {accuracy} | {ahead} | {parameters} % | {cost} | {len(members)} |")
     return "\n".join(rows)
 
 
@@ -242,10 +243,14 @@ def main() -> None:
         "projection commands": commands(digits[:1]),
         "step cost": step_cost(),
     }
-    default = str(inspect.signature(ATO).parameters["beta"].default)
-    weights = {beta: load(f"capacity-{beta}-cifar10-") for beta in ("0", "0.6")}
-    tables["capacity"] = capacity(dict(sorted({**weights, default: at_45["ato"]}.items())), default)
+    defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
+    beta, cut = str(defaults["beta"]), str(defaults["phases"][-1])
+    weights = {other: load(f"capacity-{other}-cifar10-") for other in ("0", "0.6")}
+    cuts = {other: load(f"cut-{other}-cifar10-") for other in ("0.15", "0.52")}
+    tables["capacity"] = variants("beta", {**weights, beta: at_45["ato"]}, beta)
     tables["capacity commands"] = commands([run for members in weights.values() for run in members])
+    tables["cut"] = variants("cut at", {**cuts, cut: at_45["ato"]}, cut)
+    tables["cut commands"] = commands([run for members in cuts.values() for run in members])
     if ablations:
         tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
     fill(ROOT / "docs" / "results.md", tables)

@@ -131,13 +131,14 @@ def test_runs_of_different_budgets_have_names_of_their_own():
     assert len(names) == 3
 
 
-def test_the_capacity_table_compares_with_the_default_seed_by_seed():
-    weights = {
-        "0": [finished("ato", seed, 79.0 + seed) for seed in range(2)],
+def test_the_variants_of_a_setting_are_compared_with_the_default_seed_by_seed():
+    groups = {
         "0.3": [finished("ato", seed, 80.0 + seed) for seed in range(2)],
+        "0": [finished("ato", seed, 79.0 + seed) for seed in range(2)],
     }
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.capacity(weights, "0.3").splitlines()[2:]]
-    assert [(row[0], row[2]) for row in rows] == [("0", "+1.00 ± 0.00"), ("0.3", "")]
+    table = tables.variants("beta", groups, "0.3")
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    assert [(row[0], row[2], row[4]) for row in rows] == [("0", "+1.00 ± 0.00", "63 %"), ("0.3", "", "63 %")]
 
 
 def test_a_seed_that_was_run_twice_counts_with_its_mean():
