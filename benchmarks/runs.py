@@ -16,7 +16,7 @@ Runs = list[dict[str, Any]]
 
 
 def load(prefix: str) -> Runs:
-    """Finished runs of train.py whose file name begins with `prefix`, with their name."""
+    """What the files hold whose name begins with `prefix`, with their name."""
     paths = sorted((ROOT / "benchmarks" / "results").glob(f"{prefix}*.json"))
     return [{"name": path.stem, **json.loads(path.read_text())} for path in paths]
 

@@ -232,12 +232,15 @@ def main() -> None:
     cifar, digits, ablations = load("cifar10-resnet20-"), load("digits-"), load("ablation-")
     ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
     at_45 = budgets(cifar)["0.45"]
-    costs = json.loads((ROOT / "benchmarks" / "results" / "run_cost.json").read_text())
+    measured = load("run_cost")
+    costs = {name: cost for made in measured for name, cost in made["runs"].items()}
     tables = {
         "comparison": comparison(cifar),
         "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
-        "removal": removal(ato, costs["runs"]),
-        "run cost": f"`{costs['command']}`, {costs['hardware']}, torch {costs['versions']['torch']}",
+        "removal": removal(ato, costs),
+        "run cost": "\n".join(
+            f"- `{made['command']}`, {made['hardware']}, torch {made['versions']['torch']}" for made in measured
+        ),
         "commands": commands(cifar),
         "projections": projections(digits),
         "projection commands": commands(digits[:1]),
