@@ -249,7 +249,7 @@ def main() -> None:
     defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
     beta, cut = str(defaults["beta"]), str(defaults["phases"][-1])
     weights = {other: load(f"capacity-{other}-cifar10-") for other in ("0", "0.6")}
-    cuts = {other: load(f"cut-{other}-cifar10-") for other in ("0.15", "0.52")}
+    cuts = {other: load(f"cut-{other}-cifar10-") for other in ("0.15", "0.52", "0.71")}
     tables["capacity"] = variants("beta", {**weights, beta: at_45["ato"]}, beta)
     tables["capacity commands"] = commands([run for members in weights.values() for run in members])
     tables["cut"] = variants("cut at", {**cuts, cut: at_45["ato"]}, cut)
