@@ -75,13 +75,22 @@ def ablation(runs: Runs) -> str:
     rows = ["| change of the default | test accuracy, % | the default is ahead by | n |", "| --- | --- | --- | --- |"]
     groups = grouped(runs, "method", "early", "ato")
     default = groups[("ato", "True", "{}")]
-    for (method, early, ato), members in groups.items():
+    default_first = sorted(groups.items(), key=lambda item: item[1] is not default)
+    for (method, early, ato), members in default_first:
         changes = [*(["random"] if method == "random" else []), *(["removed at the end"] if early == "False" else [])]
         changes += [f"`{json.dumps(members[0]['arguments']['ato'])}`"] if ato != "{}" else []
         ahead = "" if members is default else with_error(lead(default, members))
         accuracy = mean([run["accuracy"] for run in members])
         rows.append(f"| {', '.join(changes) or 'none'} | {accuracy} | {ahead} | {len(members)} |")
     return "\n".join(rows)
+
+
+def by_value(runs: Runs) -> dict[str, Runs]:
+    """Runs of other values than the default, by the value in their name: SETTING-VALUE-..."""
+    groups: dict[str, Runs] = defaultdict(list)
+    for run in runs:
+        groups[run["name"].split("-")[1]].append(run)
+    return groups
 
 
 def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
@@ -248,8 +257,7 @@ def main() -> None:
     }
     defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
     beta, cut = str(defaults["beta"]), str(defaults["phases"][-1])
-    weights = {other: load(f"capacity-{other}-cifar10-") for other in ("0", "0.6")}
-    cuts = {other: load(f"cut-{other}-cifar10-") for other in ("0.15", "0.52", "0.71")}
+    weights, cuts = by_value(load("capacity-")), by_value(load("cut-"))
     tables["capacity"] = variants("beta", {**weights, beta: at_45["ato"]}, beta)
     tables["capacity commands"] = commands([run for members in weights.values() for run in members])
     tables["cut"] = variants("cut at", {**cuts, cut: at_45["ato"]}, cut)

@@ -136,7 +136,8 @@ def test_the_variants_of_a_setting_are_compared_with_the_default_seed_by_seed():
         "0.3": [finished("ato", seed, 80.0 + seed) for seed in range(2)],
         "0": [finished("ato", seed, 79.0 + seed) for seed in range(2)],
     }
-    table = tables.variants("beta", groups, "0.3")
+    runs = [{"name": f"capacity-{value}-ato-{k}", **run} for value in groups for k, run in enumerate(groups[value])]
+    table = tables.variants("beta", tables.by_value(runs), "0.3")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     assert [(row[0], row[2], row[4]) for row in rows] == [("0", "+1.00 ± 0.00", "63 %"), ("0.3", "", "63 %")]
 
@@ -153,6 +154,7 @@ def test_the_ablation_names_each_change():
     runs += [finished("ato", seed, 79.0 + seed, ato={"interval": 5}) for seed in range(2)]
     runs += [finished("random", 0, 78.0), finished("ato", 0, 80.0, early=False)]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.ablation(runs).splitlines()[2:]]
+    assert rows[0][0] == "none"
     assert sorted(row[0] for row in rows) == ['`{"interval": 5}`', "none", "random", "removed at the end"]
     assert {row[0]: row[2] for row in rows}['`{"interval": 5}`'] == "+1.00 ± 0.00"
 
