@@ -1,6 +1,7 @@
 """The simpler ways to a smaller network: a uniformly thin one, and torch-pruning's cut by magnitude."""
 
 import copy
+from typing import Any
 
 import torch_pruning as tp
 from measure import macs
@@ -32,13 +33,13 @@ def narrow(model: nn.Module, example: Tensor, wanted: float) -> nn.Module:
     return min(networks, key=lambda network: abs(macs(network, example) - wanted))
 
 
-def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float) -> None:
+def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float, **pruner_arguments: Any) -> None:
     """Remove the channels of the smallest group norm, wherever they are, until `wanted` MACs are left."""
     steps = 400
     model.eval()
     pruner = tp.pruner.BasePruner(
-        model, example, tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=0.98,
-        iterative_steps=steps, ignored_layers=[classifier(model)],
+        model, example, tp.importance.GroupMagnitudeImportance(p=2), iterative_steps=steps,
+        ignored_layers=[classifier(model)], **{"global_pruning": True, "pruning_ratio": 0.98, **pruner_arguments},
     )  # fmt: skip
     for _ in range(steps):
         pruner.step()

@@ -9,9 +9,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "random": "#4d9221", "ato": "#2166ac"}
 
-DENSE_UNTIL = {"dense": 1.0, "narrow": 0.0, "magnitude": 0.5}
-"""Share of the run in which the whole network is trained; ATO's runs say it themselves."""
-
 Runs = list[dict[str, Any]]
 
 
@@ -59,8 +56,11 @@ def with_error(values: list[float]) -> str:
 
 def training(run: dict[str, Any]) -> float:
     """MACs of the training over those of a dense run: the whole network up to the cut, what is kept after it."""
-    method = run["arguments"]["method"]
-    dense = DENSE_UNTIL[method] if method in DENSE_UNTIL else run["at_cut"]["step"] / run["report"]["total_steps"]
+    arguments = run["arguments"]
+    if run["at_cut"]:
+        dense = run["at_cut"]["step"] / run["report"]["total_steps"]
+    else:  # the first runs of magnitude do not say when: it could not be moved
+        dense = {"dense": 1.0, "narrow": 0.0, "magnitude": arguments.get("cut_at", 0.5)}[arguments["method"]]
     return dense + (1 - dense) * run["macs_kept"]
 
 

@@ -9,7 +9,8 @@ Methods, all with the same epochs, recipe, seed and order of the data:
     random     the same with scores drawn by chance instead of the controller's logits (chance.py)
     dense      SGD alone
     narrow     every layer thinned by the same factor before the first step, then SGD
-    magnitude  torch-pruning's one-shot global group magnitude (L2) at half time, then SGD goes on
+    magnitude  torch-pruning's one-shot global group magnitude (L2) at half time, then SGD goes on; --cut-at moves the
+               cut, --pruner changes what torch-pruning does at it
 """
 
 import argparse
@@ -53,6 +54,8 @@ RECORDED = (
     "early",
     "compile",
     "ato",
+    "cut_at",
+    "pruner",
 )
 PRUNING = ("ato", "random")
 """Methods that ATO carries out."""
@@ -75,6 +78,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, default=224, help="side that images of an ImageFolder tree are resized to")
     add("--early", action="store_true", help="remove the channels as soon as they are zero, not at the end")
     add("--ato", type=json.loads, default={}, help='further arguments of ATO as JSON: {"round_to": 8}')
+    add("--cut-at", type=float, default=0.5, help="for magnitude: share of the run at which it cuts")
+    add("--pruner", type=json.loads, default={}, help="for magnitude: further arguments of torch-pruning's BasePruner")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="train through torch.compile; evaluation stays eager")
     add("--threads", type=int, help="CPU threads; default: torch's")
@@ -182,8 +187,9 @@ class Run:
         return leave_to_chance(optimizer) if self.args.method == "random" else optimizer
 
     def train_step(self) -> float:
-        if self.args.method == "magnitude" and self.step == self.total // 2:
-            prune_by_magnitude(self.model, self.example, self.args.target_flops * self.dense_macs)
+        if self.args.method == "magnitude" and self.step == int(self.args.cut_at * self.total):
+            wanted = self.args.target_flops * self.dense_macs
+            prune_by_magnitude(self.model, self.example, wanted, **self.args.pruner)
             self.optimizer = self._optimizer()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.args, self.step, self.batches.per_epoch)

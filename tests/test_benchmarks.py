@@ -23,7 +23,8 @@ import figures
 import tables
 from chance import leave_to_chance
 from run_cost import run_cost
-from train import arguments
+from runs import training
+from train import Run, arguments
 
 
 def command(folder, *options):
@@ -41,6 +42,20 @@ def test_controls(method, tmp_path):
     result = run(tmp_path, "--method", method)
     assert result["macs_kept"] == 1 if method == "dense" else 0.43 < result["macs_kept"] < 0.46
     assert 0 < result["accuracy"] <= 100
+
+
+def test_magnitude_cuts_when_and_how_it_is_told(tmp_path):
+    floor = 0.7
+    options = ["--pruner", json.dumps({"max_pruning_ratio": 1 - floor}), "--cut-at", "0.1", "--epochs", "2"]
+    run = Run(arguments(["--method", "magnitude", "--target-flops", "0.6", "--out", str(tmp_path), *options]))
+    dense = {name: len(p) for name, p in run.model.named_parameters()}
+    for _ in range(int(0.1 * run.total)):
+        run.train_step()
+        assert {name: len(p) for name, p in run.model.named_parameters()} == dense
+    run.train_step()
+    kept = {name: len(p) / dense[name] for name, p in run.model.named_parameters()}
+    assert floor - 1 / 16 <= min(kept.values()) < 0.9  # torch-pruning stops below the floor, so one channel less
+    assert training(run.result()) == pytest.approx(0.1 + 0.9 * 0.6, abs=0.01)
 
 
 @pytest.mark.parametrize("early", [(), ("--early",)])
@@ -75,7 +90,7 @@ def finished(method, seed, accuracy, budget=0.45, **more):
     arguments = {"method": method, "seed": seed, "target_flops": budget, "ato": {}, "early": True} | more
     kept = 1.0 if method == "dense" else budget
     widths = {"stem": 16, "fc": 10} if method == "dense" else {"stem": 7, "fc": 10}
-    cut = {"at_cut": {"step": 32}, "report": {"total_steps": 100}} if method in ("ato", "random") else {}
+    cut = {"at_cut": {"step": 32}, "report": {"total_steps": 100}} if method in ("ato", "random") else {"at_cut": {}}
     return {
         "arguments": arguments, "accuracy": accuracy, "macs_kept": kept, "parameters": 100 * kept,
         "dense_parameters": 100, "widths": widths, **cut,
