@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from . import sharding
 from .plan import Plan
 from .projection import Projection
-from .schedule import Schedule
+from .schedule import FEWEST_TURNS, Schedule
 from .unwrap import unwrap
 
 
@@ -67,7 +67,7 @@ def unowned(model: nn.Module, owner: Any) -> None:
     if owner is not None and owner.cut is None:
         raise ValueError(
             f"model ({type(model).__name__}) already has an ATO, at step {owner.step_count}: use that one, or "
-            "compress() it first"
+            "drop it first (del optimizer, and whatever holds it)"
         )
 
 
@@ -168,6 +168,17 @@ def budget(target_flops: float, plan: Plan, least: float) -> None:
         raise ValueError(
             f"target_flops={target_flops} cannot be reached: the least budget of this model is "
             f"{math.ceil(least * 1e4) / 1e4:.4f} with the present min_width, round_to and ignored_layers"
+        )
+
+
+def turns(schedule: Schedule) -> None:
+    """Warn if the controller will have too few turns to learn from."""
+    if schedule.turns < FEWEST_TURNS:
+        warnings.warn(
+            f"total_steps={schedule.total_steps} leaves {schedule.turns} controller turn(s), one every "
+            f"{schedule.interval} steps: with fewer than {FEWEST_TURNS} the channels to keep are nearly a guess. Train "
+            "longer, or give the search more of the run (phases, interval)",
+            stacklevel=3,
         )
 
 

@@ -112,6 +112,7 @@ class ATO(torch.optim.Optimizer):
         self.mask = torch.ones(self.plan.groups.num_gates, dtype=torch.bool, device=self.plan.device)
         self.search: Search | None = None
         if self.target_flops < 1:
+            checks.turns(self.schedule)
             lr = controller_lr or self.schedule.controller_lr
             self.search = Search(
                 self.plan, self.least, self.target_flops, gamma, beta, lr, controller_weight_decay, int(seed)

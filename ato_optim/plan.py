@@ -100,8 +100,8 @@ def make_plan(
             _, counts = counted(copied, example_inputs, forward_fn)
         except Exception as error:
             raise ValueError(
-                f"example_inputs ({_describe(example_inputs)}) are refused by the model: pass what one forward "
-                "takes, or a forward_fn that runs it"
+                f"example_inputs ({_describe(example_inputs)}) are refused by the model on {device} "
+                f"({type(error).__name__}: {error}): pass what one forward takes, or a forward_fn that runs it"
             ) from error
         layer = wandering_layer(copied, example_inputs, forward_fn, counts)
         if layer is not None:
@@ -138,4 +138,6 @@ def make_plan(
 
 
 def _describe(inputs: Any) -> str:
-    return f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+    if isinstance(inputs, Tensor):
+        return f"a tensor of shape {tuple(inputs.shape)}, {inputs.dtype}, on {inputs.device}"
+    return f"a {type(inputs).__name__}"

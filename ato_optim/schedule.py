@@ -14,6 +14,8 @@ SMALLEST_INTERVAL = 2
 MOST_LR = 1e-2
 TRAVEL = 0.2
 """Sum of the controller's learning rates over all turns: it bounds how far AdamW takes a weight."""
+FEWEST_TURNS = round(TRAVEL / MOST_LR)
+"""With fewer turns the controller does not get as far."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,14 @@ class Schedule:
         return target + (1 - target) * max(0.0, (self.pull - step) / max(1, self.pull - self.search))
 
     @property
+    def turns(self) -> int:
+        """Controller turns of the whole run, if each comes as soon as it is due."""
+        return (self.commit - self.search) // self.interval
+
+    @property
     def controller_lr(self) -> float:
         """Learning rate with which the controller gets equally far in few turns and in many, at most MOST_LR."""
-        return min(TRAVEL / max(1, (self.commit - self.search) // self.interval), MOST_LR)
+        return min(TRAVEL / max(1, self.turns), MOST_LR)
 
     def pulls(self, step: int) -> bool:
         """Whether masked groups are pulled after the update that makes `step` steps done."""

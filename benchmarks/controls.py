@@ -45,4 +45,8 @@ def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float, **prune
         pruner.step()
         if macs(model, example) <= wanted:
             break
+    else:
+        raise ValueError(
+            f"torch-pruning left more than the {wanted:.0f} MACs that were wanted, with {pruner_arguments}"
+        )
     model.train()

@@ -1,24 +1,22 @@
 """What is measured of a network: MACs, accuracy, latency."""
 
 import platform
+import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from data import Batches, Split
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from ato_optim.cost import count_macs
 
 
 @torch.compiler.set_stance("force_eager")
 def macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one forward, as torch's FlopCounterMode counts them."""
-    training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(example)
-    model.train(training)
-    return counter.get_total_flops() // 2
+    """Multiply-accumulates of one forward, as ATO counts them, in eager mode where the model is compiled."""
+    return count_macs(model, example)
 
 
 @torch.compiler.set_stance("force_eager")
@@ -46,6 +44,13 @@ def latency(networks: dict[str, nn.Module], x: Tensor, repeats: int = 30) -> dic
                 torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, None outside of one."""
+    call = ["git", "rev-parse", "--short", "--verify", "-q", "HEAD"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() or None
 
 
 def hardware(device: torch.device) -> str:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ato_optim import ATO
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import hardware
+from measure import commit, hardware
 
 # Phases that put every measured step into the part of a run that is looked at.
 CASES = {
@@ -91,7 +91,7 @@ def publish(command: str, found: dict[str, Any], out: Path | None) -> None:
     result = {
         "command": command,
         "hardware": hardware(torch.device("cpu")),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()},
         **found,
     }
     text = json.dumps(result, indent=1)

@@ -55,6 +55,25 @@ def cells(method: str, methods: dict[str, Runs]) -> list[str]:
     ]
 
 
+def stronger(controls: Runs, runs: Runs) -> str:
+    """The comparison's row for each other way to cut by magnitude; `runs` are those that the comparison shows."""
+    rows = [
+        "| budget | cut at | torch-pruning's arguments | test accuracy, % | change | ato is ahead by | MACs kept | "
+        "parameters kept | MACs of training | n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for budget, methods in budgets(runs).items():
+        ways = grouped([run for run in controls if str(run["arguments"]["target_flops"]) == budget], "cut_at", "pruner")
+        for (cut_at, _), members in ways.items():
+            pruner = members[0]["arguments"]["pruner"]
+            found = cells("magnitude", {**methods, "magnitude": members})[1:]
+            rows.append(
+                f"| {100 * float(budget):.0f} % | {cut_at} | {f'`{json.dumps(pruner)}`' if pruner else ''} | "
+                f"{' | '.join(found)} |"
+            )
+    return "\n".join(rows)
+
+
 def paper_scale(runs: dict[str, Runs]) -> str:
     """The comparison for the networks of the paper's CIFAR-10 table, by model; cells without runs stay empty."""
     rows = [
@@ -262,6 +281,8 @@ def main() -> None:
     tables["capacity commands"] = commands([run for members in weights.values() for run in members])
     tables["cut"] = variants("cut at", {**cuts, cut: at_45["ato"]}, cut)
     tables["cut commands"] = commands([run for members in cuts.values() for run in members])
+    controls = load("control-")
+    tables |= {"controls": stronger(controls, cifar), "control commands": commands(controls)}
     if ablations:
         tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
     fill(ROOT / "docs" / "results.md", tables)

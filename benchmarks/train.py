@@ -39,7 +39,7 @@ import data
 import models
 from chance import leave_to_chance
 from controls import narrow, prune_by_magnitude
-from measure import evaluate, hardware, latency, macs
+from measure import commit, evaluate, hardware, latency, macs
 
 RECORDED = (
     "model",
@@ -123,13 +123,6 @@ def learning_rate(args: argparse.Namespace, step: int, per_epoch: int) -> float:
     if step < warmup:
         return args.lr * (step + 1) / warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def commit() -> str | None:
-    """The commit of this checkout, None outside of one."""
-    call = ["git", "rev-parse", "--short", "--verify", "-q", "HEAD"]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
 
 
 def setting(args: argparse.Namespace) -> tuple[data.Batches, data.Split, nn.Module]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from measure import commit
 from torch import Tensor, nn
 
 from ato_optim import ATO
@@ -174,9 +175,8 @@ def in_process(name: str, limit: int) -> dict:
         return {"name": name, "error": f"no end after {limit} s"}
     if done.returncode:
         return {"name": name, "error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     seconds = time.perf_counter() - begin
-    return json.loads(done.stdout.splitlines()[-1]) | {"total_seconds": seconds, "commit": commit}
+    return json.loads(done.stdout.splitlines()[-1]) | {"total_seconds": seconds, "commit": commit()}
 
 
 def main() -> None:

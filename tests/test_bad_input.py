@@ -1,7 +1,9 @@
 """Every mistake is met before training, by an error that names the argument, its value and the way out."""
 
 import copy
+import gc
 import re
+import warnings
 
 import pytest
 import torch
@@ -106,6 +108,29 @@ def test_a_model_that_has_an_ato():
     with pytest.raises(ValueError, match="already has an ATO"):
         build(model)
     assert optimizer.model is model
+
+
+def test_a_model_whose_ato_was_dropped_is_taken():
+    model = Residual()
+    optimizer = build(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    del optimizer, scheduler
+    gc.collect()  # a scheduler and its optimizer hold each other
+    build(model)
+
+
+def test_inputs_of_another_dtype_are_named_with_what_the_model_said():
+    with pytest.raises(ValueError, match=r"float64.*RuntimeError.*dtype|float64.*RuntimeError.*type"):
+        build(inputs=example().double())
+
+
+def test_a_run_too_short_to_learn_from_warns():
+    with pytest.warns(UserWarning, match="total_steps=60 leaves 6 controller turn.*every 2 steps.*fewer than 20"):
+        make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(total_steps=200)
+        build(total_steps=60, target_flops=1)
 
 
 def test_a_model_whose_ato_has_committed_or_prunes_nothing_is_taken_too():

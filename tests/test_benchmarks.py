@@ -115,6 +115,20 @@ def test_tables_compare_seed_by_seed_and_budget_by_budget(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size and (tmp_path / "layers.png").stat().st_size
 
 
+def test_other_cuts_by_magnitude_are_compared_with_the_same_budget_and_seeds():
+    runs = [finished("dense", seed, 90.0) for seed in range(2)]
+    runs += [finished("ato", seed, 88.0 + seed, budget) for seed in range(2) for budget in (0.45, 0.3)]
+    floor = {"pruner": {"max_pruning_ratio": 0.7}, "cut_at": 0.5}
+    controls = [finished("magnitude", seed, 87.0 + seed, 0.3, **floor) for seed in range(2)]
+    controls += [finished("magnitude", 1, 86.0, 0.45, pruner={}, cut_at=0.32)]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.stronger(controls, runs).splitlines()[2:]]
+    assert rows == [
+        ["45 %", "0.32", "", "86.00", "-4.00", "+3.00", "45.0 %", "45.0 %", "63 %", "1"],
+        ["30 %", "0.5", '`{"max_pruning_ratio": 0.7}`', "87.50 ± 0.71", "-2.50 ± 0.50", "+1.00 ± 0.00",
+         "30.0 ± 0.0 %", "30.0 ± 0.0 %", "65 %", "2"],
+    ]  # fmt: skip
+
+
 def test_rows_of_paper_scale_stay_empty_until_there_are_runs():
     runs = {model: [] for model, *_ in tables.PAPER} | {
         "resnet18": [finished("dense", 0, 94.0), finished("ato", 0, 94.5, budget=0.2)]
