@@ -146,15 +146,6 @@ def removal(runs: Runs, costs: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def projections(runs: Runs) -> str:
-    """One row a projection operator."""
-    rows = ["| projection | test accuracy, % | n |", "| --- | --- | --- |"]
-    for name in ("timed", "proximal", "halfspace"):
-        accuracy = [run["accuracy"] for run in runs if run["arguments"]["ato"].get("projection", "timed") == name]
-        rows.append(f"| {name} | {mean(accuracy)} | {len(accuracy)} |")
-    return "\n".join(rows)
-
-
 def step_cost() -> str:
     """The ratios of step_cost.py."""
     result = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
@@ -257,7 +248,7 @@ def fill(page: Path, tables: dict[str, str]) -> None:
 
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
-    cifar, digits, ablations = load("cifar10-resnet20-"), load("digits-"), load("ablation-")
+    cifar, ablations = load("cifar10-resnet20-"), load("ablation-")
     ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
     at_45 = budgets(cifar)["0.45"]
     measured = load("run_cost")
@@ -270,8 +261,6 @@ def main() -> None:
             f"- `{made['command']}`, {made['hardware']}, torch {made['versions']['torch']}" for made in measured
         ),
         "commands": commands(cifar),
-        "projections": projections(digits),
-        "projection commands": commands(digits[:1]),
         "step cost": step_cost(),
     }
     defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
