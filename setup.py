@@ -19,7 +19,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ato_optim", "ato_optim.*"]),
     package_data={"ato_optim": ["py.typed"]},
-    install_requires=["torch", "torchvision", "torch-pruning>=1.6.1", "numpy"],
+    # guard.py replaces functions inside of torch-pruning for the time of a trace.
+    install_requires=["torch>=2.6", "torchvision", "torch-pruning>=1.6.1,<1.7", "numpy"],
     extras_require={
         "bench": BENCH,
         "test": [*BENCH, "hypothesis", "mypy", "pytest", "ruff"],
