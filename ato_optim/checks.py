@@ -176,8 +176,8 @@ def turns(schedule: Schedule) -> None:
     if schedule.turns < FEWEST_TURNS:
         warnings.warn(
             f"total_steps={schedule.total_steps} leaves {schedule.turns} controller turn(s), one every "
-            f"{schedule.interval} steps: with fewer than {FEWEST_TURNS} the controller gets less far than in longer runs, "
-            "and may choose poorly. Train longer, or give the search more of the run (phases, interval)",
+            f"{schedule.interval} steps: with fewer than {FEWEST_TURNS} the controller gets less far than in longer "
+            "runs and may choose poorly. Train longer, or give the search more of the run (phases, interval)",
             stacklevel=3,
         )
 
