@@ -51,7 +51,7 @@ class ATO(torch.optim.Optimizer):
             the commit phase.
         epsilon: for "halfspace": in [0, 1), how early a shrinking group is set to zero.
         phases: shares of the run at which search, pull, commit and the exact zeros begin.
-        interval: steps between controller turns; default: such that there are about 500, from 2 to 20 steps.
+        interval: steps between controller turns; default: from 2 to 20, for 500 to 750 turns where they allow it.
         gamma: weight of the budget in the controller's loss.
         beta: weight of the capacity in it: how much more weights are worth at the same MACs.
         controller_lr: of the controller's AdamW; default: 0.2 over the number of its turns.
@@ -61,6 +61,9 @@ class ATO(torch.optim.Optimizer):
     Raises:
         TypeError, ValueError: for arguments that cannot work, naming them, before anything is changed: among
             them a budget below what can be reached, which names the least that can.
+
+    Warns:
+        UserWarning: if the run leaves the controller fewer than 20 turns, and, while it searches, if no turn comes.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def cells(method: str, methods: dict[str, Runs]) -> list[str]:
     ]
 
 
-def stronger(controls: Runs, runs: Runs) -> str:
+def other_cuts(controls: Runs, runs: Runs) -> str:
     """The comparison's row for each other way to cut by magnitude; `runs` are those that the comparison shows."""
     rows = [
         "| budget | cut at | torch-pruning's arguments | test accuracy, % | change | ato is ahead by | MACs kept | "
@@ -271,9 +271,8 @@ def main() -> None:
     tables["cut"] = variants("cut at", {**cuts, cut: at_45["ato"]}, cut)
     tables["cut commands"] = commands([run for members in cuts.values() for run in members])
     controls = load("control-")
-    tables |= {"controls": stronger(controls, cifar), "control commands": commands(controls)}
-    if ablations:
-        tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
+    tables |= {"controls": other_cuts(controls, cifar), "control commands": commands(controls)}
+    tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
     fill(ROOT / "docs" / "results.md", tables)
     whole_zoo = load_zoo()
     models = whole_zoo["models"]

@@ -121,7 +121,9 @@ def test_other_cuts_by_magnitude_are_compared_with_the_same_budget_and_seeds():
     floor = {"pruner": {"max_pruning_ratio": 0.7}, "cut_at": 0.5}
     controls = [finished("magnitude", seed, 87.0 + seed, 0.3, **floor) for seed in range(2)]
     controls += [finished("magnitude", 1, 86.0, 0.45, pruner={}, cut_at=0.32)]
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.stronger(controls, runs).splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in tables.other_cuts(controls, runs).splitlines()[2:]
+    ]
     assert rows == [
         ["45 %", "0.32", "", "86.00", "-4.00", "+3.00", "45.0 %", "45.0 %", "63 %", "1"],
         ["30 %", "0.5", '`{"max_pruning_ratio": 0.7}`', "87.50 ± 0.71", "-2.50 ± 0.50", "+1.00 ± 0.00",
