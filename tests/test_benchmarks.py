@@ -58,6 +58,12 @@ def test_magnitude_cuts_when_and_how_it_is_told(tmp_path):
     assert training(run.result()) == pytest.approx(0.1 + 0.9 * 0.6, abs=0.01)
 
 
+def test_a_cut_by_magnitude_that_misses_its_budget_is_no_control(tmp_path):
+    options = ["--pruner", json.dumps({"max_pruning_ratio": 0.1}), "--target-flops", "0.3", "--cut-at", "0"]
+    with pytest.raises(ValueError, match="more than.*max_pruning_ratio"):
+        Run(arguments(["--method", "magnitude", "--out", str(tmp_path), *options])).train_step()
+
+
 @pytest.mark.parametrize("early", [(), ("--early",)])
 def test_a_killed_run_goes_on_to_the_same_result(early, tmp_path):
     whole = run(tmp_path / "whole", *early)
