@@ -166,7 +166,7 @@ def select(tensor: Tensor, kept: dict[int, list[int]], dense: list[int] | None =
     channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
     for dim, positions in kept.items():
         if dense is None or tensor.shape[dim] == dense[dim]:
-            tensor = tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+            tensor = tensor.index_select(dim, torch.tensor(positions, dtype=torch.long, device=tensor.device))
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 

@@ -172,20 +172,38 @@ class Discovery:
             try:
                 if len(channels) == 1:
                     raise Unsafe("is one channel wide")
-                size, touches = walker.couple(root, channels)
-                if size == 1:
-                    raise Unsafe("has channels that can only go together")
-                roles = [role for touch in touches for role in _roles(touch)]
-                reason = _reason_against(roles, self._names, frozen)
-                if reason:
-                    raise Unsafe(reason)
-                self.candidates.append(Candidate(name, size, _written_layers(touches, self._modules), touches, roles))
+                for size, touches in self._coupled(walker, root, channels):
+                    if size == 1:
+                        raise Unsafe("has channels that can only go together")
+                    roles = [role for touch in touches for role in _roles(touch)]
+                    reason = _reason_against(roles, self._names, frozen)
+                    if reason:
+                        raise Unsafe(reason)
+                    layers = _written_layers(touches, self._modules)
+                    self.candidates.append(Candidate(name, size, layers, touches, roles))
+                    for touch in touches:
+                        if touch.writes and touch.node.module in free:
+                            free[touch.node.module] &= touch.gates < 0
             except Unsafe as reason:
                 self.left_out[name] = str(reason)
-                continue
-            for touch in touches:
-                if touch.writes and touch.node.module in free:
-                    free[touch.node.module] &= touch.gates < 0
+
+    def _coupled(self, walker: Walker, root: nn.Module, channels: Tensor) -> list[tuple[int, list[Touch]]]:
+        """What is coupled to the output `channels` (k,) int64 of `root`: an entry for all that the same layers write.
+
+        Where a layer writes a part of what is coupled, into a concatenation say, a mask over the whole could leave
+        it nothing.
+        """
+        size, touches = walker.couple(root, channels)
+        places = [touch for touch in touches if touch.writes and touch.node.module in self._modules]
+        held = torch.zeros(len(places), size + 1, dtype=torch.bool)
+        for row, touch in zip(held, places, strict=True):
+            row[touch.gates] = True  # the last one stands for none
+        part = held[:, :-1].unique(dim=1, return_inverse=True)[1]
+        part_of_channel = part[touches[0].gates[channels]]
+        parts = list(dict.fromkeys(part_of_channel.tolist()))
+        if len(parts) == 1:
+            return [(size, touches)]
+        return [walker.couple(root, channels[part_of_channel == k]) for k in parts]
 
     def _refuse_conflicts(self) -> None:
         """Leave out groups that claim the same positions of one tensor, or one group that does so differently."""

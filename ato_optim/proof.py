@@ -41,23 +41,31 @@ def randomise(model: nn.Module) -> None:
             buffer.add_(noise(buffer), alpha=0.5)
 
 
+def _shares(size: int) -> list[int]:
+    """Up to four numbers of `size` gates to close, about half of them, with no divisor in common with `size`."""
+    return sorted((k for k in range(1, size) if math.gcd(k, size) == 1), key=lambda k: abs(2 * k - size))[:4]
+
+
 def _halves(groups: Groups, chosen: Sequence[LayerGroup], pair: int) -> tuple[Tensor, Tensor]:
     """Two masks (gates,) bool that close about half of the gates of the `chosen` each, and between them all.
 
     What a network does may hang on one channel (a slice, say), so that every gate must be closed once. In the first
     pair most of the first half goes together, the others at random: what halves its channels by counting them would
-    pass if every part lost its share. Neither number of gates has a divisor in common with the whole, for what is
-    left may have to be divided as the whole was (a channel shuffle).
+    pass if every part lost its share. For the same reason layers of one size lose different numbers: their places in
+    the model, written with as many digits as there are numbers, differ in one of the first pairs. No number
+    has a divisor in common with the whole, for what is left may have to be divided as the whole was (a shuffle).
     """
     masks = torch.ones(2, groups.num_gates, dtype=torch.bool)
+    place = {layer.start: k for k, layer in enumerate(groups.layers)}
     for layer in chosen:
-        # The same half, whichever others are chosen.
+        # The same gates, whichever others are chosen.
         generator = torch.Generator().manual_seed(layer.start + pair)
-        half = next(k for k in range(layer.size // 2, 0, -1) if math.gcd(k, layer.size) == 1)
-        first = math.ceil(2 * half / 3) if pair == 0 else 0
+        shares = _shares(layer.size)
+        share = shares[place[layer.start] // len(shares) ** pair % len(shares)]
+        first = math.ceil(2 * share / 3) if pair == 0 else 0
         others = first + torch.randperm(layer.size - first, generator=generator)
         order = layer.start + torch.cat((torch.arange(first), others))
-        for mask, closed in zip(masks, order.tensor_split([half]), strict=True):
+        for mask, closed in zip(masks, order.tensor_split([share]), strict=True):
             mask[closed] = False
     return masks[0], masks[1]
 

@@ -117,6 +117,29 @@ class PeeksAtOne(torch.nn.Module):
         return self.c((self.b(x).mean((2, 3)) * x.mean((2, 3))[:, 3:4]).relu())
 
 
+class Chunked(torch.nn.Module):
+    """The outputs of several layers of one width, told apart by counting channels: right while they are as many."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.one = torch.nn.ModuleList(torch.nn.Conv2d(3, 8, 1) for _ in range(layers))
+        self.two = torch.nn.ModuleList(torch.nn.Conv2d(8, 6, 1) for _ in range(layers))
+        self.last = torch.nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        x = torch.cat([layer(x).relu() for layer in self.one], 1)
+        parts = zip(self.two, x.chunk(len(self.one), 1), strict=True)
+        return self.last(sum(layer(part) for layer, part in parts).relu())
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_layers_that_would_have_to_stay_equally_wide_are_left_alone(layers):
+    model = randomised(Chunked(layers))
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    left = {layer for entry in plan.groups.left_out for layer in entry.layers}
+    assert left == {f"one.{k}" for k in range(layers)} | {"last"}
+
+
 class TrainingHead(torch.nn.Module):
     """An auxiliary head that evaluation does not run."""
 
@@ -259,6 +282,36 @@ def test_groups_of_a_convolution_go_whole():
     assert count_macs(small, example()) == plan.cost(mask).item()
     assert [(w.before, w.after) for w in plan.facts(mask)["widths"]] == [(16, 8), (12, 8)]
     assert plan.lots(8).tolist() == [2, 4]
+
+
+class WideFirst(torch.nn.Module):
+    """A wide layer to which the concatenation of two narrow ones is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.left, self.right = (torch.nn.Conv2d(3, width, 1) for width in (16, 10, 6))
+        self.last = torch.nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        return self.last((self.wide(x) + torch.cat([self.left(x), self.right(x)], 1)).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize("kept", [0, -1])
+def test_the_least_that_groups_keep_leaves_no_layer_without_channels(kept):
+    # In one group with the wide layer, the narrow ones could lose all of theirs: the cut failed after the whole run.
+    model = randomised(WideFirst())
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert [layer.layers for layer in plan.groups.layers] == [("wide", "left"), ("wide", "right")]
+    mask = torch.zeros(plan.groups.num_gates, dtype=torch.bool)
+    for layer in plan.groups.layers:
+        mask[layer.start + kept % layer.size] = True
+    small = copy.deepcopy(model)
+    apply_cut(derive_cut(model, plan.groups, mask), small)
+    assert (small.wide.out_channels, small.left.out_channels, small.right.out_channels) == (2, 1, 1)
+    zero_producers(model, plan.groups, mask)
+    with torch.no_grad():
+        assert difference(model(example()), small(example())) < 1e-5
+    assert count_macs(small, example()) == plan.cost(mask).item()
 
 
 class Attends(torch.nn.Module):
