@@ -124,6 +124,14 @@ def _reason_against(roles: list[Role], names: Mapping[Tensor, str], frozen: set[
     return None
 
 
+def _unknown(module: nn.Module) -> str | None:
+    """Why no walk begins or ends at a layer with weights of a kind that torch-pruning does not tell apart."""
+    leaf = next(module.children(), None) is None
+    if leaf and any(p.ndim > 1 for p in module.parameters()) and tp.ops.module2type(module) == OPTYPE.ELEMENTWISE:
+        return f"is a {type(module).__name__}: convolutions and linear layers of torch.nn are what is pruned"
+    return None
+
+
 class Discovery:
     """All groups that one traced model has: candidates, and what is left out and why.
 
@@ -155,6 +163,7 @@ class Discovery:
         ignored = {child for layer in ignored_layers for child in layer.modules()}
         self._find(Walker(graph, _objection_to(outputs, ignored)), set(frozen))
         self._refuse_conflicts()
+        self.left_out |= {name: reason for module, name in self._modules.items() if (reason := _unknown(module))}
 
     def _find(self, walker: Walker, frozen: set[Tensor]) -> None:
         """Walk from every layer whose channels no earlier walk has met."""

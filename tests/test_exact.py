@@ -7,7 +7,7 @@ import torch
 import torchvision
 from networks import NETWORKS, Concat, example, randomised
 
-from ato_optim import checks
+from ato_optim import ATO, checks
 from ato_optim.compress import apply_cut, derive_cut
 from ato_optim.cost import build_cost, count_macs, count_weights, counted
 from ato_optim.discovery import Discovery
@@ -138,6 +138,22 @@ def test_layers_that_would_have_to_stay_equally_wide_are_left_alone(layers):
     plan = make_plan(model, example(), call, [], set(model.parameters()))
     left = {layer for entry in plan.groups.left_out for layer in entry.layers}
     assert left == {f"one.{k}" for k in range(layers)} | {"last"}
+
+
+def test_layers_of_an_unknown_kind_are_reported():
+    class Transposed(torch.nn.Module):
+        """A linear layer with its weight the other way round, as in GPT-2."""
+
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(inputs, outputs))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    model = torch.nn.Sequential(Transposed(8, 16), torch.nn.ReLU(), Transposed(16, 8), torch.nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="nothing to prune: 0, 2 is a Transposed"):
+        ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, torch.randn(2, 8), target_flops=0.5, total_steps=100)
 
 
 class TrainingHead(torch.nn.Module):
