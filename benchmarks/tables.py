@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import statistics
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def ablation(runs: Runs) -> str:
     default_first = sorted(groups.items(), key=lambda item: item[1] is not default)
     for (method, early, ato), members in default_first:
         changes = [*(["random"] if method == "random" else []), *(["removed at the end"] if early == "False" else [])]
-        changes += [f"`{json.dumps(members[0]['arguments']['ato'])}`"] if ato != "{}" else []
+        given = textwrap.shorten(json.dumps(members[0]["arguments"]["ato"]), 50, placeholder=" ...")
+        changes += [f"`{given}`"] if ato != "{}" else []
         ahead = "" if members is default else with_error(lead(default, members))
         accuracy = mean([run["accuracy"] for run in members])
         rows.append(f"| {', '.join(changes) or 'none'} | {accuracy} | {ahead} | {len(members)} |")
@@ -131,9 +133,9 @@ def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
     for value, members in sorted(groups.items()):
         ahead = "" if value == default else with_error(lead(groups[default], members))
         parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
-        accuracy = mean([run["accuracy"] for run in members])
+        accuracy = list(by_seed(members).values())
         cost = f"{100 * statistics.mean(training(run) for run in members):.0f} %"
-        rows.append(f"| {value} | {accuracy} | {ahead} | {parameters} % | {cost} | {len(members)} |")
+        rows.append(f"| {value} | {mean(accuracy)} | {ahead} | {parameters} % | {cost} | {len(accuracy)} |")
     return "\n".join(rows)
 
 
@@ -148,8 +150,9 @@ def removal(runs: Runs, costs: dict[str, Any]) -> str:
         cut, a, ms = run["at_cut"], run["arguments"], run["at_cut"]["latency_ms"]
         time = costs.get(run["name"], {}).get("run", {})
         early, late = (f"{time[key]:.2f}" if time else "" for key in ("early", "at the end"))
+        precision = run["precision"].removeprefix("torch.")
         rows.append(
-            f"| {a['model']}, {100 * a['target_flops']:.0f} %, {a['method']}, seed {a['seed']} | {cut['step']} | "
+            f"| {a['model']}, {100 * a['target_flops']:.0f} %, seed {a['seed']}, {precision} | {cut['step']} | "
             f"{cut['accuracy_before']:.2f} | {cut['accuracy_after']:.2f} | {cut['largest_logit']:.1f} | "
             f"{cut['largest_logit_difference']:.1e} | {ms['before']:.1f} | {ms['after']:.1f} | {early} | {late} |"
         )
