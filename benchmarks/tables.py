@@ -41,16 +41,6 @@ def comparison(runs: Runs) -> str:
     return "\n".join(rows)
 
 
-def comparison_by_model(runs: Runs) -> str:
-    """The comparison of each network in `runs`."""
-    rows: list[str] = []
-    for (model,), members in grouped(runs, "model").items():
-        head, rule, *body = comparison(members).splitlines()
-        rows = rows or [f"| model {head}", f"| --- {rule}"]
-        rows += [f"| {model} {row}" for row in body]
-    return "\n".join(rows)
-
-
 def cells(method: str, methods: dict[str, Runs]) -> list[str]:
     """A method's row of the comparison, without the budget; `methods` are all that have the same budget."""
     members = methods[method]
@@ -283,8 +273,6 @@ def main() -> None:
     tables["capacity commands"] = commands([run for members in weights.values() for run in members])
     tables["cut"] = variants("cut at", {**cuts, cut: at_45["ato"]}, cut)
     tables["cut commands"] = commands([run for members in cuts.values() for run in members])
-    short = load("short-")
-    tables |= {"short": comparison_by_model(short), "short commands": commands(short)}
     controls = load("control-")
     tables |= {"controls": other_cuts(controls, cifar), "control commands": commands(controls)}
     tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}

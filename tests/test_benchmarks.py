@@ -137,18 +137,6 @@ def test_other_cuts_by_magnitude_are_compared_with_the_same_budget_and_seeds():
     ]  # fmt: skip
 
 
-def test_each_network_is_compared_with_itself():
-    runs = [finished("dense", 0, accuracy, model=model) for model, accuracy in (("resnet56", 80.0), ("vgg11_bn", 70.0))]
-    runs += [finished("ato", 0, 79.0, model="resnet56"), finished("ato", 0, 71.0, 0.3, model="vgg11_bn")]
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.comparison_by_model(runs).splitlines()]
-    assert {len(row) for row in rows} == {10}
-    assert rows[0][:3] == ["model", "budget", "method"]
-    assert [row[:3] + row[4:5] for row in rows[2:]] == [
-        ["resnet56", "45 %", "dense", ""], ["resnet56", "45 %", "ato", "-1.00"],
-        ["vgg11_bn", "30 %", "dense", ""], ["vgg11_bn", "30 %", "ato", "+1.00"],
-    ]  # fmt: skip
-
-
 def test_rows_of_paper_scale_stay_empty_until_there_are_runs():
     runs = {model: [] for model, *_ in tables.PAPER} | {
         "resnet18": [finished("dense", 0, 94.0), finished("ato", 0, 94.5, budget=0.2)]
