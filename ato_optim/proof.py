@@ -42,8 +42,9 @@ def randomise(model: nn.Module) -> None:
 
 
 def _shares(size: int) -> list[int]:
-    """Up to four numbers of `size` gates to close, about half of them, with no divisor in common with `size`."""
-    return sorted((k for k in range(1, size) if math.gcd(k, size) == 1), key=lambda k: abs(2 * k - size))[:4]
+    """Two to four numbers of `size` gates to close (one of two gates): about half, no divisor in common with `size`."""
+    shares = sorted((k for k in range(1, size) if math.gcd(k, size) == 1), key=lambda k: abs(2 * k - size))
+    return [k for k in shares[:4] if abs(2 * k - size) <= size / 2] or shares[:2]
 
 
 def _halves(groups: Groups, chosen: Sequence[LayerGroup], pair: int) -> tuple[Tensor, Tensor]:
