@@ -8,7 +8,7 @@ import torchvision
 from networks import NETWORKS, Concat, example, randomised
 
 from ato_optim import ATO, checks
-from ato_optim.compress import apply_cut, derive_cut
+from ato_optim.compress import apply_cut, derive_cut, select
 from ato_optim.cost import build_cost, count_macs, count_weights, counted
 from ato_optim.discovery import Discovery
 from ato_optim.gating import Masking
@@ -328,6 +328,10 @@ def test_the_least_that_groups_keep_leaves_no_layer_without_channels(kept):
     with torch.no_grad():
         assert difference(model(example()), small(example())) < 1e-5
     assert count_macs(small, example()) == plan.cost(mask).item()
+
+
+def test_nothing_can_be_selected():
+    assert select(torch.ones(3, 2), {0: []}).shape == (0, 2)
 
 
 class Attends(torch.nn.Module):
