@@ -34,13 +34,17 @@ def narrow(model: nn.Module, example: Tensor, wanted: float) -> nn.Module:
 
 
 def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float, **pruner_arguments: Any) -> None:
-    """Remove the channels of the smallest group norm, wherever they are, until `wanted` MACs are left."""
+    """Remove the channels of the smallest group norm, wherever they are, until `wanted` MACs are left.
+
+    `ignored_layers` among the arguments of torch-pruning are names: their channels stay, as the classifier's do.
+    """
     steps = 400
     model.eval()
-    pruner = tp.pruner.BasePruner(
-        model, example, tp.importance.GroupMagnitudeImportance(p=2), iterative_steps=steps,
-        ignored_layers=[classifier(model)], **{"global_pruning": True, "pruning_ratio": 0.98, **pruner_arguments},
-    )  # fmt: skip
+    ignored = [model.get_submodule(name) for name in pruner_arguments.get("ignored_layers", ())]
+    chosen = {"global_pruning": True, "pruning_ratio": 0.98, **pruner_arguments}
+    chosen["ignored_layers"] = [*ignored, classifier(model)]
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    pruner = tp.pruner.BasePruner(model, example, importance, iterative_steps=steps, **chosen)
     for _ in range(steps):
         pruner.step()
         if macs(model, example) <= wanted:
