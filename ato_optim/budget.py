@@ -8,8 +8,11 @@ from torch import Tensor
 from .cost import CostModel
 
 
-def minimum_widths(sizes: Tensor, min_width: float, lots: Tensor | int) -> Tensor:
-    """Fewest gates (layers,) int64 that each layer group keeps: a share of its size, at least one, rounded up."""
+def minimum_widths(sizes: Tensor, min_width: Tensor | float, lots: Tensor | int) -> Tensor:
+    """Fewest gates (layers,) int64 that each layer group keeps: a share of its size, at least one, rounded up.
+
+    `min_width` is that share, for all or for each (layers,).
+    """
     least = (sizes * min_width).ceil().long().clamp_min(1)
     return torch.minimum((least + lots - 1) // lots * lots, sizes)
 
@@ -34,6 +37,21 @@ def least_mask(layer_of_gate: Tensor, least: Tensor) -> Tensor:
     """The mask (gates,) bool with minimum widths everywhere: the smallest network that can be reached."""
     scores = torch.zeros(len(layer_of_gate), device=layer_of_gate.device)
     return keep_minimum(scores.bool(), scores, layer_of_gate, least)
+
+
+def stream_widths(
+    sizes: Tensor, summed: Tensor, layer_of_gate: Tensor, cost: CostModel, min_width: float, lots: Tensor, limit: float
+) -> Tensor:
+    """Minimum widths (layers,) int64 in which the layer groups of `summed` (layers,) bool keep as much as they can.
+
+    It is the largest share of their sizes, from 1 down to `min_width`, with which the network still costs at most
+    `limit` when all others are at `min_width`.
+    """
+    for width in torch.linspace(1, min_width, 101).tolist():
+        least = minimum_widths(sizes, torch.where(summed, width, min_width), lots)
+        if cost(least_mask(layer_of_gate, least)).item() <= limit:
+            break
+    return least
 
 
 def solve(

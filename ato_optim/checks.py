@@ -78,6 +78,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "target_flops": (lambda v: 0 < v <= 1, "in (0, 1]: it is the share of the dense MACs that is kept, 0.45 say"),
     "total_steps": (lambda v: v >= 1 and v == int(v), "a whole number from 1: pass epochs * len(loader)"),
     "min_width": (lambda v: 0 <= v <= 1, "in [0, 1]: it is the share of its channels that a layer keeps at least"),
+    "streams": (lambda v: 0 <= v <= 1, "in [0, 1]: it is the share of the budget that keeps residual streams wide"),
     "round_to": (lambda v: v >= 1 and v == int(v), "a whole number from 1: widths are multiples of it, 8 say"),
     "pull_time": (lambda v: v > 0, "above 0: it is a share of the run, 0.1 say"),
     "epsilon": (lambda v: 0 <= v < 1, "in [0, 1): 0.1 say"),

@@ -89,6 +89,17 @@ def _written_layers(touches: list[Touch], order: Mapping[nn.Module, str]) -> tup
     return tuple(name for module, name in order.items() if module in written)
 
 
+def _summed(touches: list[Touch]) -> bool:
+    """Whether channels of several modules or operations are added up, and not just a parameter to one."""
+    return any(
+        touch.node.type == OPTYPE.ELEMENTWISE
+        and touch.node.grad_fn is not None
+        and touch.node.grad_fn.name().startswith("AddBackward")
+        and sum(source.type != OPTYPE.PARAMETER for source in touch.node.inputs) > 1
+        for touch in touches
+    )
+
+
 def _objection_to(outputs: set[Node], ignored: set[nn.Module]) -> Any:
     """The reason against channels that come to a node, None for none."""
 
@@ -255,7 +266,8 @@ class Discovery:
                     fill(sides, (self._modules[touch.node.module], touch.writes), touch.gates, start)
             counts = candidate.touches[0].gates[candidate.touches[0].gates >= 0].bincount()
             channels = int(counts[0]) if (counts == counts[0]).all() else 0
-            layers.append(LayerGroup(candidate.root, start, candidate.size, channels, candidate.layers))
+            summed = _summed(candidate.touches)
+            layers.append(LayerGroup(candidate.root, start, candidate.size, channels, candidate.layers, summed))
             start += candidate.size
         reasons = defaultdict(list)
         for name in self._modules.values():

@@ -28,6 +28,8 @@ class LayerGroup:
     """How many channels the root layer has for each gate, if all have as many, else 0."""
     layers: tuple[str, ...]
     """Names of the convolutions and linear layers whose outputs it prunes."""
+    summed: bool
+    """Whether what it prunes is added up somewhere: a residual stream."""
 
     @property
     def gates(self) -> slice:

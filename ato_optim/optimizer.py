@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, resume
-from .budget import least_mask, minimum_widths
+from .budget import least_mask, minimum_widths, stream_widths
 from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
@@ -43,6 +43,8 @@ class ATO(torch.optim.Optimizer):
         forward_fn: how to run the model, `forward_fn(model, example_inputs)`, where `model(example_inputs)` will
             not do. It returns the outputs, and may call parts of `model` alone.
         min_width: share of the channels that every layer keeps at least, in [0, 1].
+        streams: share of the budget, above the least network, that residual streams (what is summed) may take to
+            stay whole, or as wide as that allows; in [0, 1], 0 prunes them like any other layer.
         round_to: widths are multiples of this (or the dense width).
         projection: what pulls masked channels to zero: "timed" (default), or "proximal" or "halfspace" as in
             the paper (with the learning rate of the first parameter group).
@@ -77,6 +79,7 @@ class ATO(torch.optim.Optimizer):
         ignored_layers: Iterable[nn.Module | str] = (),
         forward_fn: ForwardFn | None = None,
         min_width: float = 0.1,
+        streams: float = 0.5,
         round_to: int = 1,
         projection: Projection = "timed",
         pull_time: float = 0.1,
@@ -94,8 +97,8 @@ class ATO(torch.optim.Optimizer):
         checks.unowned(root, _OWNERS.get(root, lambda: None)())
         checks.arguments(
             phases, projection, penalty, interval, controller_lr, forward_fn, target_flops=target_flops,
-            total_steps=total_steps, min_width=min_width, round_to=round_to, pull_time=pull_time, epsilon=epsilon,
-            gamma=gamma, beta=beta, controller_weight_decay=controller_weight_decay, seed=seed,
+            total_steps=total_steps, min_width=min_width, streams=streams, round_to=round_to, pull_time=pull_time,
+            epsilon=epsilon, gamma=gamma, beta=beta, controller_weight_decay=controller_weight_decay, seed=seed,
         )  # fmt: skip
         self.base = base_optimizer
         self.model = root
@@ -108,10 +111,13 @@ class ATO(torch.optim.Optimizer):
         self.plan: Plan = make_plan(
             root, example_inputs, forward_fn or call, checks.modules(root, ignored_layers), trained
         )
-        self.least = minimum_widths(self.plan.sizes, min_width, self.plan.lots(self.round_to))
-        self.least_flops = self.plan.share(least_mask(self.plan.layer_of_gate, self.least))
+        plan, lots = self.plan, self.plan.lots(self.round_to)
+        self.least = minimum_widths(plan.sizes, min_width, lots)
+        self.least_flops = plan.share(least_mask(plan.layer_of_gate, self.least))
         """The least budget that the model can reach with min_width and round_to."""
-        checks.budget(self.target_flops, self.plan, self.least_flops)
+        checks.budget(self.target_flops, plan, self.least_flops)
+        limit = plan.cost.dense * (self.least_flops + streams * (self.target_flops - self.least_flops))
+        self.least = stream_widths(plan.sizes, plan.summed, plan.layer_of_gate, plan.cost, min_width, lots, limit)
         self.mask = torch.ones(self.plan.groups.num_gates, dtype=torch.bool, device=self.plan.device)
         self.search: Search | None = None
         if self.target_flops < 1:
@@ -332,7 +338,7 @@ class ATO(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """What was found, what is left out and why, widths, MACs and parameters before and after."""
-        facts = self.plan.facts(self.mask)
+        facts = self.plan.facts(self.mask, least_mask(self.plan.layer_of_gate, self.least))
         if self.cut is not None:
             facts["parameters_after"] = sum(p.numel() for p in self.model.parameters())
         schedule = self.schedule

@@ -28,6 +28,7 @@ class Plan:
         capacity: weights of convolutions and linear layers, likewise.
         layer_of_gate: (gates,) int64, the layer group of each gate.
         sizes: (layers,) int64, how many gates each layer group has.
+        summed: (layers,) bool, which of them are residual streams.
         shapes: of all parameters, by name, before anything is removed.
     """
 
@@ -36,6 +37,7 @@ class Plan:
     capacity: CostModel
     layer_of_gate: Tensor
     sizes: Tensor
+    summed: Tensor
     shapes: dict[str, tuple[int, ...]]
 
     @property
@@ -66,8 +68,8 @@ class Plan:
         lots = [round_to // math.gcd(layer.channels, round_to) for layer in self.groups.layers]
         return torch.tensor(lots, dtype=torch.long, device=self.device)
 
-    def facts(self, mask: Tensor) -> dict[str, Any]:
-        """What a Report says of the model and of `mask` (gates,) bool."""
+    def facts(self, mask: Tensor, least: Tensor) -> dict[str, Any]:
+        """What a Report says of the model, of `mask` (gates,) bool, and of `least`, what all masks of the run open."""
         dense = torch.ones_like(mask)
         return {
             "prunable_flops": 1 - self.share(torch.zeros_like(mask)),
@@ -76,7 +78,7 @@ class Plan:
             "parameters_before": self.count_parameters(dense),
             "parameters_after": self.count_parameters(mask),
             "widths": tuple(
-                Width(layer.layers, self._channels(layer, dense), self._channels(layer, mask))
+                Width(layer.layers, *(self._channels(layer, which) for which in (dense, least, mask)))
                 for layer in self.groups.layers
             ),
             "left_out": tuple((entry.layers, entry.reason) for entry in self.groups.left_out),
@@ -133,6 +135,7 @@ def make_plan(
         capacity.to(device),
         layer_of_gate.to(device),
         torch.tensor([layer.size for layer in groups.layers], dtype=torch.long, device=device),
+        torch.tensor([layer.summed for layer in groups.layers], dtype=torch.bool, device=device),
         {name: tuple(p.shape) for name, p in model.named_parameters()},
     )
 

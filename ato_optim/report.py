@@ -15,6 +15,8 @@ class Width:
 
     layers: tuple[str, ...]
     before: int
+    least: int
+    """What it keeps under any mask of this run."""
     after: int
 
 
@@ -30,7 +32,7 @@ class Report:
         prunable_flops: share of the dense MACs that the gates have a say in.
         macs_before, macs_after: MACs of one forward on the example inputs, dense and with the present mask.
         parameters_before, parameters_after: likewise.
-        widths: of every group of layers, dense and with the present mask.
+        widths: of every group of layers, dense, at the least, and with the present mask.
         left_out: (layers, reason) of what is not pruned.
         history: (step, share of MACs kept by the mask) at each controller turn and at commit.
         boundaries: first steps of search, pull, commit and zero.
@@ -65,9 +67,9 @@ class Report:
             f"MACs       {self.macs_before:>15,} -> {self.macs_after:>15,} {macs:7.1%} of {self.target_flops:.1%}",
             f"parameters {self.parameters_before:>15,} -> {self.parameters_after:>15,} {parameters:7.1%}",
             "",
-            "width before  after  layers",
+            "width before  least  after  layers",
         ]
-        rows += [f"{w.before:12d} {w.after:6d}  {', '.join(w.layers)}" for w in self.widths]
+        rows += [f"{w.before:12d} {w.least:6d} {w.after:6d}  {', '.join(w.layers)}" for w in self.widths]
         if self.left_out:
             rows += ["", "left alone"]
             rows += [f"{', '.join(layers)}: {reason}" for layers, reason in self.left_out]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .plan import Plan
 
 class Search:
     """A controller that learns, turn by turn, which gates of `plan` to open.
+
+    It has a say in the layer groups that can lose a channel at all.
 
     Args:
         least: fewest open gates (layers,) int64 of every layer group.
@@ -37,13 +40,20 @@ class Search:
     ):
         self.plan, self.least, self.target = plan, least, target
         self.gamma, self.beta, self.seed = gamma, beta, seed
-        self.controller = Controller(plan.layer_of_gate.cpu(), seed).to(plan.device)
+        self.free = (least < plan.sizes)[plan.layer_of_gate].nonzero().flatten()
+        layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
+        self.controller = Controller(layer_of_gate.cpu(), seed).to(plan.device)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def _of_all(self, values: Tensor) -> Tensor:
+        """`values` of the controller's gates as one a gate (gates,): infinite for those that are always open."""
+        return values.new_full(self.plan.layer_of_gate.shape, math.inf).index_copy(0, self.free, values)
 
     def gates(self, step: int) -> Tensor:
         """Gates (gates,) in {0., 1.} of the turn at `step`, differentiable in the controller's weights."""
         logits = self.controller()
-        noise = gumbel_noise(len(logits), self.seed, step).to(logits)
+        noise = self._of_all(gumbel_noise(len(logits), self.seed, step).to(logits))
+        logits = self._of_all(logits)
         gates = binarise(logits, noise)
         kept = keep_minimum(gates > 0.5, logits + noise, self.plan.layer_of_gate, self.least)
         return gates + (kept.to(gates.dtype) - gates).detach()
@@ -65,13 +75,13 @@ class Search:
     @torch.no_grad()
     def proposal(self) -> Tensor:
         """The mask (gates,) bool of what the controller opens more often than not: near the budget, not within it."""
-        logits = self.controller()
+        logits = self._of_all(self.controller())
         return keep_minimum(logits >= EVEN, logits, self.plan.layer_of_gate, self.least)
 
     @torch.no_grad()
     def settle(self, lots: Tensor) -> Tensor:
         """The mask (gates,) bool within the budget that opens the controller's best gates, in lots (layers,)."""
-        logits = self.controller()
+        logits = self._of_all(self.controller())
         return solve(logits, self.plan.layer_of_gate, self.plan.cost, self.target, self.least, lots)
 
     def state_dict(self) -> dict[str, Any]:
