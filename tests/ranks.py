@@ -33,9 +33,8 @@ def plain():
 def wrap(model, named, projection="timed"):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     dtype = next(model.parameters()).dtype
-    return ATO(
-        base, named, example(1).to(dtype), target_flops=0.5, total_steps=STEPS, interval=2, projection=projection
-    )
+    x = example(1).to(dtype)
+    return ATO(base, named, x, target_flops=0.5, total_steps=STEPS, interval=2, projection=projection, streams=0)
 
 
 def whole(tensor):

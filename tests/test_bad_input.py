@@ -31,6 +31,7 @@ def build(model=None, base=None, inputs=None, **options):
         ({"total_steps": 0}, ["total_steps=0", "epochs * len(loader)"]),
         ({"total_steps": 2.5}, ["total_steps=2.5"]),
         ({"min_width": 2}, ["min_width=2"]),
+        ({"streams": -0.5}, ["streams=-0.5", "share of the budget"]),
         ({"round_to": 0}, ["round_to=0"]),
         ({"interval": 0}, ["interval=0"]),
         ({"total_steps": float("inf")}, ["total_steps=inf"]),

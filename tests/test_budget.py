@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Concat, Flatten, Residual, example
 
-from ato_optim.budget import least_mask, minimum_widths, ranks, solve
+from ato_optim.budget import least_mask, minimum_widths, ranks, solve, stream_widths
 from ato_optim.graph import call
 from ato_optim.plan import make_plan
 
@@ -51,6 +51,29 @@ def test_solution(network, seed, target, min_width, round_to):
             order = ranks(scores, plan.layer_of_gate)[layer.gates]
             wider[layer.gates] = order < min(int(kept[k]) + round_to, layer.size)
             assert plan.share(wider) > target
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 1), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.sampled_from([1, 2, 8]))
+def test_streams_are_as_wide_as_their_limit_lets_them(limit, min_width, round_to):
+    plan = PLANS[Residual]
+    lots = plan.lots(round_to)
+
+    def share(least):
+        return plan.share(least_mask(plan.layer_of_gate, least))
+
+    smallest = minimum_widths(plan.sizes, min_width, lots)
+    least = stream_widths(
+        plan.sizes, plan.summed, plan.layer_of_gate, plan.cost, min_width, lots, limit * plan.cost.dense
+    )
+    assert torch.equal(least[~plan.summed], smallest[~plan.summed])
+    assert (least >= smallest).all()
+    if share(smallest) > limit:
+        assert torch.equal(least, smallest)
+    else:
+        assert share(least) <= limit
+    wider = torch.where(plan.summed, torch.minimum(least + lots, plan.sizes), least)
+    assert torch.equal(least, wider) or share(wider) > limit
 
 
 @pytest.mark.parametrize("target", [0.3, 0.45, 0.7])

@@ -296,7 +296,7 @@ def test_groups_of_a_convolution_go_whole():
     with torch.no_grad():
         assert difference(model(example()), small(example())) < 1e-5
     assert count_macs(small, example()) == plan.cost(mask).item()
-    assert [(w.before, w.after) for w in plan.facts(mask)["widths"]] == [(16, 8), (12, 8)]
+    assert [(w.before, w.least, w.after) for w in plan.facts(mask, ~mask)["widths"]] == [(16, 8, 8), (12, 4, 8)]
     assert plan.lots(8).tolist() == [2, 4]
 
 

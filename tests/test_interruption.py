@@ -76,7 +76,7 @@ def test_a_checkpoint_between_backward_and_step_holds_the_turn(stop):
     model(example()).square().sum().backward()
     other = Residual()
     base = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    resumed = ATO(base, other, example(), target_flops=0.5, total_steps=60, interval=2)
+    resumed = ATO(base, other, example(), target_flops=0.5, total_steps=60, interval=2, streams=0)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a file is: tensors are not shared
     other.load_state_dict(model.state_dict())
     assert resumed.turn_begun == optimizer.turn_begun
@@ -113,6 +113,7 @@ OTHERS = {
     "other phases": ({"phases": (0.1, 0.2, 0.5, 0.7)}, "schedule=.*'zero': 19.*'zero': 42"),
     "another interval": ({"interval": 4}, "schedule="),
     "other widths": ({"round_to": 2}, "least widths|round_to"),
+    "streams that stay": ({"streams": 1}, "least widths="),
     "another pull": ({"projection": "halfspace"}, "projection=timed, this ATO has projection=halfspace"),
     "another penalty": ({"penalty": (1, 2)}, "penalty="),
     "another base optimizer": ({"base": "adamw"}, "base_optimizer=SGD, this ATO has base_optimizer=AdamW"),

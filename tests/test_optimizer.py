@@ -23,6 +23,7 @@ BASES = {
 def make(network=Residual, base="sgd", target_flops=0.5, total_steps=60, **options):
     torch.manual_seed(0)
     model = network()
+    options = {"streams": 0, **options}  # so that all that can be cut is cut
     return model, ATO(
         BASES[base](model.parameters()), model, example(), target_flops=target_flops, total_steps=total_steps, **options
     )
@@ -218,7 +219,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, early):
     state = torch.load(file, weights_only=True)
     torch.manual_seed(123)
     resumed_model = Residual()
-    resumed = ATO(BASES["sgd"](resumed_model.parameters()), resumed_model, example(), target_flops=0.5, total_steps=60)
+    base = BASES["sgd"](resumed_model.parameters())
+    resumed = ATO(base, resumed_model, example(), target_flops=0.5, total_steps=60, streams=0)
     resumed.load_state_dict(state["optimizer"])
     resumed_model.load_state_dict(state["model"])
     go_on(resumed_model, resumed, stop, 60)

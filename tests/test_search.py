@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Residual, example
+from networks import NETWORKS, Residual, batches, example
 
 from ato_optim import ATO
+from ato_optim.budget import least_mask
 from ato_optim.controller import EVEN, binarise, controller_loss, gumbel_noise
 from ato_optim.schedule import MOST_LR, TRAVEL, Schedule
 
@@ -86,3 +87,70 @@ def test_at_the_same_macs_more_weights_are_kept():
 def test_a_gate_at_the_even_logit_opens_in_half_of_the_draws():
     draws = torch.stack([binarise(torch.full((100,), EVEN), gumbel_noise(100, 0, step)) for step in range(200)])
     assert draws.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+class Bias(torch.nn.Module):
+    """A parameter is added to what one layer writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 5, 3)
+        self.shift = torch.nn.Parameter(torch.zeros(1, 8, 1, 1))
+
+    def forward(self, x):
+        return self.b((self.a(x) + self.shift).relu()).mean((2, 3))
+
+
+def run(network=Residual, steps=0, **options):
+    """An ATO after `steps` steps of its model."""
+    torch.manual_seed(0)
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = ATO(base, model, example(), **{"target_flops": 0.5, "total_steps": 60, "interval": 2, **options})
+    for x, y in batches(steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_streams_are_what_is_summed_and_no_product_concatenation_or_bias():
+    found = {
+        network.__name__: {layer.root for layer in run(network).plan.groups.layers if layer.summed}
+        for network in (*NETWORKS, Bias)
+    }
+    summed = {"Residual": {"stem.0", "wider.0"}, "Depthwise": {"stem.0"}}
+    assert found == {name: summed.get(name, set()) for name in found}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whole_streams_are_the_same_as_streams_that_are_named_in_ignored_layers(seed):
+    """Step for step: what cannot close changes neither the controller nor its noise."""
+    named = run(steps=60, seed=seed, ignored_layers=["stem.0", "two", "wider.0", "short"])
+    found = run(steps=60, seed=seed, streams=1)
+    assert named.history == found.history and len(found.history) > 5
+    assert found.compress().stem[0].out_channels == 8
+    for (name, one), (_, other) in zip(
+        named.compress().named_parameters(), found.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("target", [0.7, 0.5, 0.3, 0.2, 0.1])
+def test_streams_keep_what_half_of_the_budget_pays(target):
+    optimizer = run(steps=60, target_flops=target)
+    plan = optimizer.plan
+    floor = plan.share(least_mask(plan.layer_of_gate, optimizer.least))
+    assert optimizer.least_flops < floor <= (optimizer.least_flops + target) / 2
+    streams = [width for width in optimizer.report().widths if width.layers[0] in ("stem.0", "wider.0")]
+    assert all(width.least <= width.after <= width.before for width in optimizer.report().widths)
+    whole = [width.least == width.before for width in streams]
+    assert all(whole) if target >= 0.7 else not any(whole) if target <= 0.2 else True
+    assert 0.9 * target < plan.share(optimizer.mask) <= target
+    optimizer.compress()
+
+
+def test_without_room_for_streams_they_are_pruned_like_the_rest():
+    optimizer = run(steps=60, streams=0)
+    assert all(width.least <= math.ceil(0.1 * width.before) for width in optimizer.report().widths)
+    assert optimizer.compress().stem[0].out_channels < 8
