@@ -56,6 +56,11 @@ def cells(method: str, methods: dict[str, Runs]) -> list[str]:
     ]
 
 
+def short(arguments: dict[str, Any]) -> str:
+    """Further arguments of a run, for a cell."""
+    return f"`{textwrap.shorten(json.dumps(arguments), 50, placeholder=' ...')}`" if arguments else ""
+
+
 def other_cuts(controls: Runs, runs: Runs) -> str:
     """The comparison's row for each other way to cut by magnitude; `runs` are those that the comparison shows."""
     rows = [
@@ -66,12 +71,26 @@ def other_cuts(controls: Runs, runs: Runs) -> str:
     for budget, methods in budgets(runs).items():
         ways = grouped([run for run in controls if str(run["arguments"]["target_flops"]) == budget], "cut_at", "pruner")
         for (cut_at, _), members in ways.items():
-            pruner = members[0]["arguments"]["pruner"]
+            pruner = short(members[0]["arguments"]["pruner"])
             found = cells("magnitude", {**methods, "magnitude": members})[1:]
-            rows.append(
-                f"| {100 * float(budget):.0f} % | {cut_at} | {f'`{json.dumps(pruner)}`' if pruner else ''} | "
-                f"{' | '.join(found)} |"
-            )
+            rows.append(f"| {100 * float(budget):.0f} % | {cut_at} | {pruner} | {' | '.join(found)} |")
+    return "\n".join(rows)
+
+
+def streams(pruned: Runs, whole: Runs) -> str:
+    """One row a budget and method that was run both ways: with residual streams pruned like the rest, and whole."""
+    rows = [
+        "| budget | method | streams pruned | streams whole | gain | n |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    keys = "target_flops", "method"
+    others = grouped(pruned, *keys)
+    for (budget, method), members in sorted(grouped(whole, *keys).items(), reverse=True):
+        before = others[budget, method]
+        both = by_seed(members).keys() & by_seed(before).keys()
+        ways = [mean([value for seed, value in by_seed(runs).items() if seed in both]) for runs in (before, members)]
+        gain = with_error(lead(members, before))
+        rows.append(f"| {100 * float(budget):.0f} % | {method} | {' | '.join(ways)} | {gain} | {len(both)} |")
     return "\n".join(rows)
 
 
@@ -98,8 +117,7 @@ def ablation(runs: Runs) -> str:
     default_first = sorted(groups.items(), key=lambda item: item[1] is not default)
     for (method, early, ato), members in default_first:
         changes = [*(["random"] if method == "random" else []), *(["removed at the end"] if early == "False" else [])]
-        given = textwrap.shorten(json.dumps(members[0]["arguments"]["ato"]), 50, placeholder=" ...")
-        changes += [f"`{given}`"] if ato != "{}" else []
+        changes += [short(members[0]["arguments"]["ato"])] if ato != "{}" else []
         ahead = "" if members is default else with_error(lead(default, members))
         accuracy = mean([run["accuracy"] for run in members])
         rows.append(f"| {', '.join(changes) or 'none'} | {accuracy} | {ahead} | {len(members)} |")
@@ -254,6 +272,8 @@ def main() -> None:
     cifar, ablations = load("cifar10-resnet20-"), load("ablation-")
     ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
     at_45 = budgets(cifar)["0.45"]
+    with_streams_pruned = load("streams-0-")
+    before = budgets(with_streams_pruned)["0.45"]["ato"]
     measured = load("run_cost")
     costs = {name: cost for made in measured for name, cost in made["runs"].items()}
     tables = {
@@ -269,12 +289,15 @@ def main() -> None:
     defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
     beta, cut = str(defaults["beta"]), str(defaults["phases"][-1])
     weights, cuts = by_value(load("capacity-")), by_value(load("cut-"))
-    tables["capacity"] = variants("beta", {**weights, beta: at_45["ato"]}, beta)
+    tables["capacity"] = variants("beta", {**weights, beta: before}, beta)
     tables["capacity commands"] = commands([run for members in weights.values() for run in members])
-    tables["cut"] = variants("cut at", {**cuts, cut: at_45["ato"]}, cut)
+    tables["cut"] = variants("cut at", {**cuts, cut: before}, cut)
     tables["cut commands"] = commands([run for members in cuts.values() for run in members])
     controls = load("control-")
     tables |= {"controls": other_cuts(controls, cifar), "control commands": commands(controls)}
+    pruned = with_streams_pruned + [run for run in cifar if run["arguments"]["method"] == "magnitude"]
+    whole = [run for run in cifar if run["arguments"]["method"] in ("ato", "random")] + load("control-streams-")
+    tables |= {"streams": streams(pruned, whole), "streams commands": commands(with_streams_pruned)}
     tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
     fill(ROOT / "docs" / "results.md", tables)
     whole_zoo = load_zoo()
@@ -291,7 +314,7 @@ def main() -> None:
     fill(ROOT / "docs" / "models.md", zoo_tables)
     fill(ROOT / "README.md", {"comparison": tables["comparison"]})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
-    draw_report(ato[0], FIGURES / "widths.png")
+    draw_report(next(run for run in ato if not run["arguments"]["ato"]), FIGURES / "widths.png")
     # The first runs were made before widths were recorded.
     draw_layers([run for members in at_45.values() for run in members if "widths" in run], FIGURES / "layers.png")
 

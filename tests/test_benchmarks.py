@@ -137,6 +137,28 @@ def test_other_cuts_by_magnitude_are_compared_with_the_same_budget_and_seeds():
     ]  # fmt: skip
 
 
+def test_whole_streams_are_compared_over_the_seeds_that_were_run_both_ways():
+    pruned = [finished(method, seed, 80.0 + seed) for method in ("ato", "magnitude") for seed in range(3)]
+    whole = [finished("ato", seed, 81.0 + seed, budget) for seed in (0, 1) for budget in (0.45, 0.3)]
+    whole += [finished("magnitude", 2, 81.5)]
+    pruned += [finished("ato", 0, 79.0, 0.3)]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.streams(pruned, whole).splitlines()[2:]]
+    assert sorted(rows) == [
+        ["30 %", "ato", "79.00", "81.00", "+2.00", "1"],
+        ["45 %", "ato", "80.50 ± 0.71", "81.50 ± 0.71", "+1.00 ± 0.00", "2"],
+        ["45 %", "magnitude", "82.00", "81.50", "-0.50", "1"],
+    ]
+
+
+def test_layers_that_magnitude_is_told_to_leave_stay_whole(tmp_path):
+    options = ["--pruner", json.dumps({"ignored_layers": ["stem.0"]}), "--target-flops", "0.6", "--cut-at", "0"]
+    run = Run(arguments(["--method", "magnitude", "--out", str(tmp_path), *options]))
+    run.train_step()
+    widths = run.result()["widths"]
+    assert widths["stem.0"] == widths["stages.0.conv2"] == 16 and widths["fc"] == 10
+    assert min(widths.values()) < 16 and run.result()["macs_kept"] <= 0.6
+
+
 def test_rows_of_paper_scale_stay_empty_until_there_are_runs():
     runs = {model: [] for model, *_ in tables.PAPER} | {
         "resnet18": [finished("dense", 0, 94.0), finished("ato", 0, 94.5, budget=0.2)]
