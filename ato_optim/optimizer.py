@@ -14,7 +14,7 @@ from .budget import least_mask, minimum_widths, stream_widths
 from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
-from .plan import Plan, make_plan
+from .plan import make_plan
 from .projection import Projection, halfspace, masked_shares, timed
 from .report import Report
 from .schedule import Schedule
@@ -108,23 +108,22 @@ class ATO(torch.optim.Optimizer):
         self.schedule = Schedule.over(self.total_steps, tuple(phases), pull_time, interval)
         checks.end(self.schedule.zero, self.total_steps, phases)
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
-        self.plan: Plan = make_plan(
-            root, example_inputs, forward_fn or call, checks.modules(root, ignored_layers), trained
-        )
-        plan, lots = self.plan, self.plan.lots(self.round_to)
+        ignored = checks.modules(root, ignored_layers)
+        self.plan = plan = make_plan(root, example_inputs, forward_fn or call, ignored, trained)
+        lots = plan.lots(self.round_to)
         self.least = minimum_widths(plan.sizes, min_width, lots)
         self.least_flops = plan.share(least_mask(plan.layer_of_gate, self.least))
         """The least budget that the model can reach with min_width and round_to."""
         checks.budget(self.target_flops, plan, self.least_flops)
         limit = plan.cost.dense * (self.least_flops + streams * (self.target_flops - self.least_flops))
         self.least = stream_widths(plan.sizes, plan.summed, plan.layer_of_gate, plan.cost, min_width, lots, limit)
-        self.mask = torch.ones(self.plan.groups.num_gates, dtype=torch.bool, device=self.plan.device)
+        self.mask = torch.ones(plan.groups.num_gates, dtype=torch.bool, device=plan.device)
         self.search: Search | None = None
         if self.target_flops < 1:
             checks.turns(self.schedule)
             lr = controller_lr or self.schedule.controller_lr
             self.search = Search(
-                self.plan, self.least, self.target_flops, gamma, beta, lr, controller_weight_decay, int(seed)
+                plan, self.least, self.target_flops, gamma, beta, lr, controller_weight_decay, int(seed)
             )
         self.step_count, self.last_turn = 0, -1
         self.history: list[tuple[int, float]] = []

@@ -20,6 +20,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 import figures
+import models
 import tables
 from chance import leave_to_chance
 from run_cost import run_cost
@@ -148,6 +149,18 @@ def test_whole_streams_are_compared_over_the_seeds_that_were_run_both_ways():
         ["45 %", "ato", "80.50 ± 0.71", "81.50 ± 0.71", "+1.00 ± 0.00", "2"],
         ["45 %", "magnitude", "82.00", "81.50", "-0.50", "1"],
     ]
+
+
+def test_streams_of_resnet20_keep_what_the_page_on_the_method_says():
+    page = " ".join((SCRIPT.parent.parent / "docs" / "method.md").read_text().split())
+    kept = []
+    for target in (0.3, 0.2, 0.1):
+        model = models.build("resnet20", 10, (3, 32, 32))
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = ATO(base, model, torch.randn(2, 3, 32, 32), target_flops=target, total_steps=1000)
+        kept.append((optimizer.least / optimizer.plan.sizes)[optimizer.plan.summed].min().item())
+    assert kept[0] == 1
+    assert f"at least {kept[1]:.2f} of their channels at 0.2 and {kept[2]:.2f} at 0.1" in page
 
 
 def test_layers_that_magnitude_is_told_to_leave_stay_whole(tmp_path):
