@@ -39,21 +39,6 @@ def least_mask(layer_of_gate: Tensor, least: Tensor) -> Tensor:
     return keep_minimum(scores.bool(), scores, layer_of_gate, least)
 
 
-def stream_widths(
-    sizes: Tensor, summed: Tensor, layer_of_gate: Tensor, cost: CostModel, min_width: float, lots: Tensor, limit: float
-) -> Tensor:
-    """Minimum widths (layers,) int64 in which the layer groups of `summed` (layers,) bool keep as much as they can.
-
-    It is the largest share of their sizes, from 1 down to `min_width`, with which the network still costs at most
-    `limit` when all others are at `min_width`.
-    """
-    for width in torch.linspace(1, min_width, 101).tolist():
-        least = minimum_widths(sizes, torch.where(summed, width, min_width), lots)
-        if cost(least_mask(layer_of_gate, least)).item() <= limit:
-            break
-    return least
-
-
 def solve(
     scores: Tensor, layer_of_gate: Tensor, cost: CostModel, target: float, least: Tensor, lots: Tensor | int = 1
 ) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, resume
-from .budget import least_mask, minimum_widths, stream_widths
+from .budget import least_mask, minimum_widths
 from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
@@ -110,13 +110,12 @@ class ATO(torch.optim.Optimizer):
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
         ignored = checks.modules(root, ignored_layers)
         self.plan = plan = make_plan(root, example_inputs, forward_fn or call, ignored, trained)
-        lots = plan.lots(self.round_to)
-        self.least = minimum_widths(plan.sizes, min_width, lots)
+        self.least = minimum_widths(plan.sizes, min_width, plan.lots(self.round_to))
         self.least_flops = plan.share(least_mask(plan.layer_of_gate, self.least))
         """The least budget that the model can reach with min_width and round_to."""
         checks.budget(self.target_flops, plan, self.least_flops)
-        limit = plan.cost.dense * (self.least_flops + streams * (self.target_flops - self.least_flops))
-        self.least = stream_widths(plan.sizes, plan.summed, plan.layer_of_gate, plan.cost, min_width, lots, limit)
+        limit = self.least_flops + streams * (self.target_flops - self.least_flops)
+        self.least = plan.stream_widths(min_width, self.round_to, limit)
         self.mask = torch.ones(plan.groups.num_gates, dtype=torch.bool, device=plan.device)
         self.search: Search | None = None
         if self.target_flops < 1:

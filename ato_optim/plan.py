@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .budget import least_mask, minimum_widths
 from .cost import CostModel, build_cost, count_weights, counted
 from .discovery import Discovery
 from .graph import ForwardFn
@@ -67,6 +68,19 @@ class Plan:
         """Gates (layers,) int64 that go together for widths that are multiples of `round_to` channels."""
         lots = [round_to // math.gcd(layer.channels, round_to) for layer in self.groups.layers]
         return torch.tensor(lots, dtype=torch.long, device=self.device)
+
+    def stream_widths(self, min_width: float, round_to: int, limit: float) -> Tensor:
+        """Minimum widths (layers,) int64 in which residual streams keep as many channels as they can.
+
+        That is the largest share of them, from 1 down to `min_width`, with which the network costs at most `limit` of
+        the dense MACs when all other layer groups are at `min_width`.
+        """
+        lots = self.lots(round_to)
+        for width in torch.linspace(1, min_width, 101).tolist():
+            least = minimum_widths(self.sizes, torch.where(self.summed, width, min_width), lots)
+            if self.share(least_mask(self.layer_of_gate, least)) <= limit:
+                break
+        return least
 
     def facts(self, mask: Tensor, least: Tensor) -> dict[str, Any]:
         """What a Report says of the model, of `mask` (gates,) bool, and of `least`, what all masks of the run open."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Concat, Flatten, Residual, example
 
-from ato_optim.budget import least_mask, minimum_widths, ranks, solve, stream_widths
+from ato_optim.budget import least_mask, minimum_widths, ranks, solve
 from ato_optim.graph import call
 from ato_optim.plan import make_plan
 
@@ -63,9 +63,7 @@ def test_streams_are_as_wide_as_their_limit_lets_them(limit, min_width, round_to
         return plan.share(least_mask(plan.layer_of_gate, least))
 
     smallest = minimum_widths(plan.sizes, min_width, lots)
-    least = stream_widths(
-        plan.sizes, plan.summed, plan.layer_of_gate, plan.cost, min_width, lots, limit * plan.cost.dense
-    )
+    least = plan.stream_widths(min_width, round_to, limit)
     assert torch.equal(least[~plan.summed], smallest[~plan.summed])
     assert (least >= smallest).all()
     if share(smallest) > limit:
