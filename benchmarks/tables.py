@@ -288,15 +288,14 @@ def main() -> None:
     }
     defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
     beta, cut = str(defaults["beta"]), str(defaults["phases"][-1])
-    weights, cuts = by_value(load("capacity-")), by_value(load("cut-"))
-    tables["capacity"] = variants("beta", {**weights, beta: before}, beta)
-    tables["capacity commands"] = commands([run for members in weights.values() for run in members])
-    tables["cut"] = variants("cut at", {**cuts, cut: before}, cut)
-    whole = by_value(load("whole-"))
-    tables["cut whole"] = variants("cut at", {**whole, cut: at_45["ato"]}, cut)
-    tables["cut commands"] = commands(
-        [run for groups in (cuts, whole) for members in groups.values() for run in members]
-    )
+    pruned, whole = load("capacity-"), load("beta-")
+    tables["capacity"] = variants("beta", {**by_value(pruned), beta: before}, beta)
+    tables["capacity whole"] = variants("beta", {**by_value(whole), beta: at_45["ato"]}, beta)
+    tables["capacity commands"] = commands(pruned + whole)
+    pruned, whole = load("cut-"), load("whole-")
+    tables["cut"] = variants("cut at", {**by_value(pruned), cut: before}, cut)
+    tables["cut whole"] = variants("cut at", {**by_value(whole), cut: at_45["ato"]}, cut)
+    tables["cut commands"] = commands(pruned + whole)
     controls = load("control-")
     tables |= {"controls": other_cuts(controls, cifar), "control commands": commands(controls)}
     pruned = with_streams_pruned + [run for run in cifar if run["arguments"]["method"] == "magnitude"]
