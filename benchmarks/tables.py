@@ -109,23 +109,8 @@ def paper_scale(runs: dict[str, Runs]) -> str:
     return "\n".join(rows)
 
 
-def ablation(runs: Runs) -> str:
-    """One row a change: accuracy, and what the runs without it are ahead, seed by seed."""
-    rows = ["| change | test accuracy, % | none is ahead by | n |", "| --- | --- | --- | --- |"]
-    groups = grouped(runs, "method", "early", "ato")
-    default = groups[("ato", "True", "{}")]
-    default_first = sorted(groups.items(), key=lambda item: item[1] is not default)
-    for (method, early, ato), members in default_first:
-        changes = [*(["random"] if method == "random" else []), *(["removed at the end"] if early == "False" else [])]
-        changes += [short(members[0]["arguments"]["ato"])] if ato != "{}" else []
-        ahead = "" if members is default else with_error(lead(default, members))
-        accuracy = mean([run["accuracy"] for run in members])
-        rows.append(f"| {', '.join(changes) or 'none'} | {accuracy} | {ahead} | {len(members)} |")
-    return "\n".join(rows)
-
-
 def by_value(runs: Runs) -> dict[str, Runs]:
-    """Runs of other values than the default, by the value in their name: SETTING-VALUE-..."""
+    """Runs by the value, or the change, that their name says: SETTING-VALUE-..."""
     groups: dict[str, Runs] = defaultdict(list)
     for run in runs:
         groups[run["name"].split("-")[1]].append(run)
@@ -257,6 +242,19 @@ def zoo_reasons(models: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*rows, *(f"| {reason} | {len(layers)} | {sum(layers)} |" for reason, layers in most)])
 
 
+def zoo_tables(measured: dict[str, Any]) -> dict[str, str]:
+    """All of docs/models.md from what zoo.py measured."""
+    models, versions = measured["models"], measured["versions"].items()
+    return {
+        "zoo": zoo(models),
+        "zoo reasons": zoo_reasons(models),
+        "zoo summary": zoo_summary(models),
+        "zoo command": ", ".join(
+            [f"`{measured['command']}`", *(f"{package} {number}" for package, number in versions)]
+        ),
+    }
+
+
 def fill(page: Path, tables: dict[str, str]) -> None:
     """Write `tables` into their places in `page`."""
     text = page.read_text()
@@ -269,7 +267,7 @@ def fill(page: Path, tables: dict[str, str]) -> None:
 
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
-    cifar, ablations = load("cifar10-resnet20-"), load("ablation-")
+    cifar, vgg = load("cifar10-resnet20-"), load("cifar10-vgg11_bn-")
     ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
     at_45 = budgets(cifar)["0.45"]
     with_streams_pruned = load("streams-0-")
@@ -301,20 +299,13 @@ def main() -> None:
     pruned = with_streams_pruned + [run for run in cifar if run["arguments"]["method"] == "magnitude"]
     unpruned = [run for run in cifar if run["arguments"]["method"] in ("ato", "random")] + load("control-streams-")
     tables |= {"streams": streams(pruned, unpruned), "streams commands": commands(with_streams_pruned)}
-    tables |= {"ablation": ablation(ablations), "ablation commands": commands(ablations)}
+    for name, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
+        tables |= {name: variants("change", by_value(made), "default"), f"{name} commands": commands(made)}
+    floor = load("floor-vgg11_bn-")
+    tables |= {"vgg": comparison(vgg), "vgg controls": other_cuts(floor, vgg), "vgg commands": commands(vgg + floor)}
+    tables["vgg removal"] = removal([run for run in vgg if run["arguments"]["method"] == "ato"], costs)
     fill(ROOT / "docs" / "results.md", tables)
-    whole_zoo = load_zoo()
-    models = whole_zoo["models"]
-    made = f"`{whole_zoo['command']}`, " + ", ".join(
-        f"{package} {number}" for package, number in whole_zoo["versions"].items()
-    )
-    zoo_tables = {
-        "zoo": zoo(models),
-        "zoo reasons": zoo_reasons(models),
-        "zoo summary": zoo_summary(models),
-        "zoo command": made,
-    }
-    fill(ROOT / "docs" / "models.md", zoo_tables)
+    fill(ROOT / "docs" / "models.md", zoo_tables(load_zoo()))
     fill(ROOT / "README.md", {"comparison": tables["comparison"]})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     draw_report(next(run for run in ato if not run["arguments"]["ato"]), FIGURES / "widths.png")

@@ -221,16 +221,6 @@ def test_a_seed_that_was_run_twice_counts_with_its_mean():
     assert row[2:4] == ["87.50 ± 0.71", "-2.50 ± 0.50"] and row[-1] == "2"
 
 
-def test_the_ablation_names_each_change():
-    runs = [finished("ato", seed, 80.0 + seed) for seed in range(2)]
-    runs += [finished("ato", seed, 79.0 + seed, ato={"interval": 5}) for seed in range(2)]
-    runs += [finished("random", 0, 78.0), finished("ato", 0, 80.0, early=False)]
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.ablation(runs).splitlines()[2:]]
-    assert rows[0][0] == "none"
-    assert sorted(row[0] for row in rows) == ['`{"interval": 5}`', "none", "random", "removed at the end"]
-    assert {row[0]: row[2] for row in rows}['`{"interval": 5}`'] == "+1.00 ± 0.00"
-
-
 def test_chance_keeps_its_mask_within_every_budget_of_the_moment_and_resumes():
     torch.manual_seed(0)
     masks = []
