@@ -16,7 +16,7 @@ from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closur
 from .graph import ForwardFn, call
 from .plan import make_plan
 from .projection import Projection, halfspace, masked_shares, timed
-from .report import Report
+from .report import Report, report_of
 from .schedule import Schedule
 from .search import Search
 from .unwrap import copy_model, uncompiled_call, unwrap, watch_wrapper
@@ -336,17 +336,4 @@ class ATO(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """What was found, what is left out and why, widths, MACs and parameters before and after."""
-        facts = self.plan.facts(self.mask, least_mask(self.plan.layer_of_gate, self.least))
-        if self.cut is not None:
-            facts["parameters_after"] = sum(p.numel() for p in self.model.parameters())
-        schedule = self.schedule
-        return Report(
-            phase=self.phase,
-            step=self.step_count,
-            total_steps=self.total_steps,
-            target_flops=self.target_flops,
-            least_flops=self.least_flops,
-            history=tuple(self.history),
-            boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
-            **facts,
-        )
+        return report_of(self)

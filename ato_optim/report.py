@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from .budget import least_mask
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .optimizer import ATO
 
 
 @dataclass(frozen=True)
@@ -115,3 +119,21 @@ class Report:
         for axes in (widths, budget):
             axes.spines[["top", "right"]].set_visible(False)
         return figure
+
+
+def report_of(ato: ATO) -> Report:
+    """The report of a run at its present step."""
+    facts = ato.plan.facts(ato.mask, least_mask(ato.plan.layer_of_gate, ato.least))
+    if ato.cut is not None:
+        facts["parameters_after"] = sum(p.numel() for p in ato.model.parameters())
+    schedule = ato.schedule
+    return Report(
+        phase=ato.phase,
+        step=ato.step_count,
+        total_steps=ato.total_steps,
+        target_flops=ato.target_flops,
+        least_flops=ato.least_flops,
+        history=tuple(ato.history),
+        boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
+        **facts,
+    )

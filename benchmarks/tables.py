@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import draw_accuracy, draw_layers, draw_report
-from runs import ROOT, Runs, budgets, by_seed, grouped, lead, load, mean, training, with_error
+from runs import METHODS, ROOT, Runs, budgets, by_seed, grouped, lead, load, mean, training, with_error
 
 from ato_optim import ATO
 
@@ -265,50 +265,65 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     page.write_text(text)
 
 
-def main() -> None:
-    FIGURES.mkdir(exist_ok=True)
-    cifar, vgg = load("cifar10-resnet20-"), load("cifar10-vgg11_bn-")
-    ato = [run for run in cifar if run["arguments"]["method"] == "ato"]
-    at_45 = budgets(cifar)["0.45"]
-    with_streams_pruned = load("streams-0-")
-    before = budgets(with_streams_pruned)["0.45"]["ato"]
+def settings_tables(ato: Runs) -> dict[str, str]:
+    """What settings of ATO do, with residual streams pruned like any other layer and, as by default, whole.
+
+    `ato` are the runs of the default at 45 %.
+    """
+    before = budgets(load("streams-0-"))["0.45"]["ato"]
+    defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
+    tables = {}
+    for table, setting, default, pruned, whole in (
+        ("capacity", "beta", str(defaults["beta"]), load("capacity-"), load("beta-")),
+        ("cut", "cut at", str(defaults["phases"][-1]), load("cut-"), load("whole-")),
+    ):
+        tables[table] = variants(setting, {**by_value(pruned), default: before}, default)
+        tables[f"{table} whole"] = variants(setting, {**by_value(whole), default: ato}, default)
+        tables[f"{table} commands"] = commands(pruned + whole)
+    for table, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
+        tables |= {table: variants("change", by_value(made), "default"), f"{table} commands": commands(made)}
+    return tables
+
+
+def results_tables(cifar: Runs) -> dict[str, str]:
+    """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
+    methods = {method: [run for run in cifar if run["arguments"]["method"] == method] for method in METHODS}
+    controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
+    vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     measured = load("run_cost")
     costs = {name: cost for made in measured for name, cost in made["runs"].items()}
-    tables = {
+    whole = methods["ato"] + methods["random"] + streams_kept
+    return {
         "comparison": comparison(cifar),
-        "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
-        "removal": removal(ato, costs),
+        "commands": commands(cifar),
+        "removal": removal(methods["ato"], costs),
         "run cost": "\n".join(
             f"- `{made['command']}`, {made['hardware']}, torch {made['versions']['torch']}" for made in measured
         ),
-        "commands": commands(cifar),
+        "controls": other_cuts(controls, cifar),
+        "control commands": commands(controls),
+        "streams": streams(streams_pruned + methods["magnitude"], whole),
+        "streams commands": commands(streams_pruned),
+        **settings_tables(budgets(cifar)["0.45"]["ato"]),
+        "vgg": comparison(vgg),
+        "vgg controls": other_cuts(floor, vgg),
+        "vgg removal": removal([run for run in vgg if run["arguments"]["method"] == "ato"], costs),
+        "vgg commands": commands(vgg + floor),
+        "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "step cost": step_cost(),
     }
-    defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
-    beta, cut = str(defaults["beta"]), str(defaults["phases"][-1])
-    pruned, whole = load("capacity-"), load("beta-")
-    tables["capacity"] = variants("beta", {**by_value(pruned), beta: before}, beta)
-    tables["capacity whole"] = variants("beta", {**by_value(whole), beta: at_45["ato"]}, beta)
-    tables["capacity commands"] = commands(pruned + whole)
-    pruned, whole = load("cut-"), load("whole-")
-    tables["cut"] = variants("cut at", {**by_value(pruned), cut: before}, cut)
-    tables["cut whole"] = variants("cut at", {**by_value(whole), cut: at_45["ato"]}, cut)
-    tables["cut commands"] = commands(pruned + whole)
-    controls = load("control-")
-    tables |= {"controls": other_cuts(controls, cifar), "control commands": commands(controls)}
-    pruned = with_streams_pruned + [run for run in cifar if run["arguments"]["method"] == "magnitude"]
-    unpruned = [run for run in cifar if run["arguments"]["method"] in ("ato", "random")] + load("control-streams-")
-    tables |= {"streams": streams(pruned, unpruned), "streams commands": commands(with_streams_pruned)}
-    for name, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
-        tables |= {name: variants("change", by_value(made), "default"), f"{name} commands": commands(made)}
-    floor = load("floor-vgg11_bn-")
-    tables |= {"vgg": comparison(vgg), "vgg controls": other_cuts(floor, vgg), "vgg commands": commands(vgg + floor)}
-    tables["vgg removal"] = removal([run for run in vgg if run["arguments"]["method"] == "ato"], costs)
+
+
+def main() -> None:
+    FIGURES.mkdir(exist_ok=True)
+    cifar = load("cifar10-resnet20-")
+    tables = results_tables(cifar)
     fill(ROOT / "docs" / "results.md", tables)
     fill(ROOT / "docs" / "models.md", zoo_tables(load_zoo()))
     fill(ROOT / "README.md", {"comparison": tables["comparison"]})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
-    draw_report(next(run for run in ato if not run["arguments"]["ato"]), FIGURES / "widths.png")
+    at_45 = budgets(cifar)["0.45"]
+    draw_report(next(run for run in at_45["ato"] if not run["arguments"]["ato"]), FIGURES / "widths.png")
     # The first runs were made before widths were recorded.
     draw_layers([run for members in at_45.values() for run in members if "widths" in run], FIGURES / "layers.png")
 
