@@ -171,12 +171,12 @@ def setting(run: dict[str, Any]) -> str:
 
 
 def commands(runs: Runs) -> str:
-    """The commands that made `runs`, under the hardware, precision and versions that they ran with."""
-    parts = []
+    """The commands that made `runs`, folded, under the hardware, precision and versions that they ran with."""
+    parts = [f"<details><summary>The commands of these {len(runs)} runs</summary>"]
     for found in sorted({setting(run) for run in runs}):
         lines = [f"- `{run['command']}`" for run in runs if setting(run) == found]
         parts.append("\n".join([f"On {found}:", "", *lines]))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "</details>"])
 
 
 def load_zoo() -> dict[str, Any]:
