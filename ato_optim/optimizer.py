@@ -15,7 +15,7 @@ from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
 from .plan import make_plan
-from .projection import Projection, halfspace, masked_shares, timed
+from .projection import Projection, halfspace, masked_shares, mean_rate, timed
 from .report import Report, report_of
 from .schedule import Schedule
 from .search import Search
@@ -273,11 +273,19 @@ class ATO(torch.optim.Optimizer):
         if self.projection == "timed" or left <= 1:
             factor = timed(left)
         else:
-            squares = producers.sum(torch._foreach_mul(parameters, parameters), len(self.mask))
+            squares = torch._foreach_mul(parameters, parameters)
+            norm = producers.sum(squares, len(self.mask)).sqrt()
+            moved = producers.sum(torch._foreach_mul(squares, self._learning_rates()), len(self.mask))
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
-            threshold = self.schedule.grown(step, self.penalty) * float(self.param_groups[0]["lr"]) * shares
-            factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
+            threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, norm) * shares
+            factor = halfspace(norm, threshold, self.epsilon if self.projection == "halfspace" else 0.0)
         producers.scale(parameters, torch.where(self.mask, 1.0, factor))
+
+    def _learning_rates(self) -> list[float]:
+        """Of each parameter of the producers."""
+        rates = [(float(group["lr"]), group["params"]) for group in self.param_groups]
+        rate_of = {id(parameter): rate for rate, parameters in rates for parameter in parameters}
+        return [rate_of[id(self.model.get_parameter(name))] for name in self.plan.groups.producers.names]
 
     def _set_mask(self, mask: Tensor, step: int) -> None:
         self.mask = mask

@@ -63,3 +63,15 @@ def masked_shares(mask: Tensor, layer_of_gate: Tensor, num_layers: int) -> Tenso
     """
     masked = torch.zeros(num_layers, device=mask.device).index_add_(0, layer_of_gate, (~mask).float())
     return (masked / masked.sum().clamp_min(1))[layer_of_gate]
+
+
+def mean_rate(moved: Tensor, norm: Tensor) -> Tensor:
+    """Each group's learning rate (groups,): the mean over its entries, weighted by their squares.
+
+    With it ||[W]_g|| falls as much, to first order, as if each entry went down lambda ||[W]_g|| at its own rate.
+
+    Args:
+        moved: sum over the entries of lr times their square, (groups,).
+        norm: ||[W]_g||, (groups,).
+    """
+    return moved / (norm * norm).clamp_min(torch.finfo(norm.dtype).tiny)

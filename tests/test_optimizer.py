@@ -104,6 +104,31 @@ def test_masked_groups_are_pulled_gently_while_searching():
     assert (after != 0).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("projection", ["proximal", "halfspace"])
+def test_each_group_of_channels_is_pulled_at_the_learning_rate_of_its_own_parameters(projection):
+    def pulled(rate_of_first, rate_of_others):
+        torch.manual_seed(0)
+        model = Flatten()
+        first = [p for name, p in model.named_parameters() if name in names_of_first]
+        others = [p for name, p in model.named_parameters() if name not in names_of_first]
+        rates = [{"params": others, "lr": rate_of_others}, {"params": first, "lr": rate_of_first}]
+        optimizer = ATO(
+            torch.optim.SGD(rates, lr=1.0), model, example(), target_flops=0.5, total_steps=60, projection=projection
+        )
+        optimizer.mask[::2] = False
+        optimizer._pull(optimizer.schedule.pull + 1)
+        return dict(model.named_parameters())
+
+    producers = make(Flatten)[1].plan.groups.producers
+    whose = [gates.unique() for gates in producers.gate.split(producers.sizes)]
+    names_of_first = {name for name, gates in zip(producers.names, whose, strict=True) if 0 in gates}
+    both, slow, fast = pulled(1e-3, 1e-2), pulled(1e-3, 1e-3), pulled(1e-2, 1e-2)
+    for name, parameter in both.items():
+        torch.testing.assert_close(parameter, (slow if name in names_of_first else fast)[name])
+    assert any(not torch.allclose(slow[name], fast[name]) for name in names_of_first)
+    assert any(not torch.allclose(slow[name], fast[name]) for name in both if name not in names_of_first)
+
+
 @pytest.fixture
 def in_double():
     """Rounding of another order of sums grows over the steps; in float64 it stays far below what is tested."""
