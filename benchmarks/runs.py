@@ -65,10 +65,10 @@ def training(run: dict[str, Any]) -> float:
 
 
 def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
-    """Budget -> method -> runs; the dense network, which has none, is found under every budget."""
+    """Budget -> method -> runs; the dense network, which has none, is found under every budget, if it was trained."""
     dense = [run for run in runs if run["arguments"]["method"] == "dense"]
     found: dict[str, dict[str, Runs]] = {}
     for (budget, method), members in grouped(runs, "target_flops", "method").items():
         if method != "dense":
-            found.setdefault(budget, {"dense": dense})[method] = members
+            found.setdefault(budget, {"dense": dense} if dense else {})[method] = members
     return dict(sorted(found.items(), reverse=True))

@@ -47,7 +47,7 @@ def cells(method: str, methods: dict[str, Runs]) -> list[str]:
     return [
         method,
         mean(list(by_seed(members).values())),
-        "" if method == "dense" else with_error(lead(members, methods["dense"])),
+        "" if method == "dense" else with_error(lead(members, methods.get("dense", []))),
         "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members)),
         mean([100 * run["macs_kept"] for run in members], "{:.1f}") + " %",
         mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}") + " %",
@@ -290,6 +290,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     methods = {method: [run for run in cifar if run["arguments"]["method"] == method] for method in METHODS}
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
+    vgg_changed, vgg_longer = load("vgg11-"), load("epochs8-vgg11_bn-")
+    vgg_ato = [run for run in vgg if run["arguments"]["method"] == "ato"]
     measured = load("run_cost")
     costs = {name: cost for made in measured for name, cost in made["runs"].items()}
     whole = methods["ato"] + methods["random"] + streams_kept
@@ -307,8 +309,10 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         **settings_tables(budgets(cifar)["0.45"]["ato"]),
         "vgg": comparison(vgg),
         "vgg controls": other_cuts(floor, vgg),
-        "vgg removal": removal([run for run in vgg if run["arguments"]["method"] == "ato"], costs),
-        "vgg commands": commands(vgg + floor),
+        "vgg changed": variants("change", {**by_value(vgg_changed), "default": vgg_ato}, "default"),
+        "vgg longer": comparison(vgg_longer),
+        "vgg removal": removal(vgg_ato, costs),
+        "vgg commands": commands(vgg + floor + vgg_changed + vgg_longer),
         "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "step cost": step_cost(),
     }
