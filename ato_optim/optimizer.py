@@ -273,12 +273,12 @@ class ATO(torch.optim.Optimizer):
         if self.projection == "timed" or left <= 1:
             factor = timed(left)
         else:
-            squares = torch._foreach_mul(parameters, parameters)
-            norm = producers.sum(squares, len(self.mask)).sqrt()
-            moved = producers.sum(torch._foreach_mul(squares, self._learning_rates()), len(self.mask))
+            of_entries = torch._foreach_mul(parameters, parameters)
+            squares = producers.sum(of_entries, len(self.mask))
+            moved = producers.sum(torch._foreach_mul(of_entries, self._learning_rates()), len(self.mask))
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
-            threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, norm) * shares
-            factor = halfspace(norm, threshold, self.epsilon if self.projection == "halfspace" else 0.0)
+            threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, squares) * shares
+            factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
         producers.scale(parameters, torch.where(self.mask, 1.0, factor))
 
     def _learning_rates(self) -> list[float]:

@@ -65,13 +65,13 @@ def masked_shares(mask: Tensor, layer_of_gate: Tensor, num_layers: int) -> Tenso
     return (masked / masked.sum().clamp_min(1))[layer_of_gate]
 
 
-def mean_rate(moved: Tensor, norm: Tensor) -> Tensor:
+def mean_rate(moved: Tensor, squares: Tensor) -> Tensor:
     """Each group's learning rate (groups,): the mean over its entries, weighted by their squares.
 
     With it ||[W]_g|| falls as much, to first order, as if each entry went down lambda ||[W]_g|| at its own rate.
 
     Args:
         moved: sum over the entries of lr times their square, (groups,).
-        norm: ||[W]_g||, (groups,).
+        squares: sum of the squares, ||[W]_g||^2, (groups,).
     """
-    return moved / (norm * norm).clamp_min(torch.finfo(norm.dtype).tiny)
+    return moved / squares.clamp_min(torch.finfo(squares.dtype).tiny)
