@@ -47,7 +47,7 @@ class ATO(torch.optim.Optimizer):
             stay whole, or as wide as that allows; in [0, 1], 0 prunes them like any other layer.
         round_to: widths are multiples of this (or the dense width).
         projection: what pulls masked channels to zero: "timed" (default), or "proximal" or "halfspace" as in
-            the paper (with the learning rate of the first parameter group).
+            the paper.
         pull_time: for "timed": time constant of the pull while searching, as a share of the run.
         penalty: for "proximal" and "halfspace": lambda while searching, and what it has grown to at the end of
             the commit phase.
