@@ -1,0 +1,119 @@
+"""The trial before training: no group passes whose removal would change outputs, and it does not refuse too much."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ato_optim import ATO
+from ato_optim.proof import COARSE_TOLERANCE, TOLERANCE, in_float64
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Shifted(nn.Module):
+    """A layer `a` whose zeroed channels are not zero where `b` reads them, and ways to hide that."""
+
+    def __init__(self, depth: int = 0, zero_head: bool = False):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.rest = nn.Sequential(*(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()) for _ in range(depth)))
+        self.fc = nn.Linear(16, 4)
+        if zero_head:
+            nn.init.zeros_(self.fc.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rest(self.b(torch.sigmoid(self.a(x)))).mean((2, 3)))
+
+
+class LayerScale(nn.Module):
+    """A residual branch that begins with next to nothing, and whose hidden width is not exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1)
+        self.scale, self.fc = nn.Parameter(torch.full((16, 1, 1), 1e-6)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc((x + self.scale * self.b(torch.sigmoid(self.a(x)))).mean((2, 3)))
+
+
+class WithCoordinates(Shifted):
+    """Other outputs that are a hundred thousand times larger."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), torch.arange(0.0, 1e5).to(x)
+
+
+class Complex(Shifted):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(super().forward(x).view(-1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Shifted(),
+        lambda: Shifted(zero_head=True),
+        lambda: Shifted(depth=12),
+        LayerScale,
+        WithCoordinates,
+        Complex,
+        lambda: Shifted().bfloat16(),
+    ],
+    ids=["plain", "zeros in the last layer", "many layers on", "LayerScale", "large outputs", "complex", "bfloat16"],
+)
+def test_what_is_not_exact_does_not_hide(model):
+    model = model()
+    x = images().to(next(model.parameters()).dtype)
+    report = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, x, target_flops=1, total_steps=1).report()
+    left = {layer: reason for layers, reason in report.left_out for layer in layers}
+    assert "would change the output" in left["a"]
+    assert not any("a" in width.layers for width in report.widths)
+
+
+class Samples(nn.Module):
+    """Noise in eval mode, as a variational autoencoder has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(8, 16), nn.Linear(4, 16)
+        self.mean, self.spread, self.out = nn.Linear(16, 4), nn.Linear(16, 4), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.encode(x))
+        z = self.mean(h) + torch.randn(len(x), 4).to(x) * self.spread(h).exp()
+        return self.out(torch.relu(self.decode(z)))
+
+
+def test_a_model_that_samples_is_pruned():
+    model = Samples()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = ATO(base, model, torch.randn(4, 8), target_flops=0.6, total_steps=100).report()
+    assert [width.layers for width in report.widths] == [("encode",), ("decode",)]
+
+
+class Fixed(nn.Linear):
+    """A layer that computes in the precision that it names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.weight.float(), self.bias.float()).to(x)
+
+
+class Insists(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+@pytest.mark.parametrize("layer, doubled", [(nn.Linear, True), (Fixed, True), (Insists, False)])
+def test_float64_where_the_model_runs_in_it(layer, doubled):
+    model, x = nn.Sequential(layer(8, 16), nn.ReLU(), layer(16, 4)), torch.randn(2, 8)
+    before = [p.clone() for p in model.parameters()]
+    inputs, tolerance = in_float64(model, x, lambda model, x: model(x))
+    assert tolerance == (TOLERANCE if layer is nn.Linear else COARSE_TOLERANCE)
+    assert inputs.dtype == model[0].weight.dtype == (torch.float64 if doubled else torch.float32)
+    assert all(torch.equal(p.float(), q) for p, q in zip(model.parameters(), before, strict=True))
+    base = torch.optim.SGD(model.float().parameters(), lr=0.1)
+    assert len(ATO(base, model, x, target_flops=0.6, total_steps=100).plan.groups.layers) == 1
