@@ -192,7 +192,7 @@ def learning(step: int, last_turn: int, schedule: Schedule) -> None:
             "controller learns nothing, and the channels to keep are a guess. Call the model itself, in training mode "
             "and with gradients, in each step; if your loop calls parts of it, pass as model a torch.nn.Module whose "
             "forward does what the loop does",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

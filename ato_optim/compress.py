@@ -60,7 +60,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     """Class and constants (stride ...) of a module, but for those that change no evaluation."""
     constants = [key for key in getattr(module, "__constants__", ()) if key not in ("inplace", "p")]
     values = {key: vars(module)[key] for key in constants if _is_plain(vars(module).get(key, []))}
-    return {"class": type(module).__name__, **values}
+    # torch.fx makes a class for each of its modules, whose name deepcopy changes.
+    name = "GraphModule" if isinstance(module, torch.fx.GraphModule) else type(module).__name__
+    return {"class": name, **values}
 
 
 def describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
@@ -163,11 +165,12 @@ def select(tensor: Tensor, kept: dict[int, list[int]], dense: list[int] | None =
 
     With `dense`, dimensions whose size is not the dense one are left whole (factored optimizer state).
     """
-    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = None if tensor.is_contiguous() else channels_last.get(tensor.ndim)
     for dim, positions in kept.items():
         if dense is None or tensor.shape[dim] == dense[dim]:
             tensor = tensor.index_select(dim, torch.tensor(positions, dtype=torch.long, device=tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+    return tensor if memory_format is None else tensor.contiguous(memory_format=memory_format)
 
 
 def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:

@@ -35,12 +35,12 @@ class Controller(nn.Module):
         num_layers = int(layer_of_gate.max()) + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            embedding = torch.empty(num_layers, EMBEDDING)
+            embedding = torch.empty(num_layers, EMBEDDING, dtype=torch.float32)
             nn.init.orthogonal_(embedding)
-            self.gru = nn.GRU(EMBEDDING, HIDDEN, bidirectional=True)
-            head = torch.empty(len(layer_of_gate), 2 * HIDDEN)
+            self.gru = nn.GRU(EMBEDDING, HIDDEN, bidirectional=True, dtype=torch.float32)
+            head = torch.empty(len(layer_of_gate), 2 * HIDDEN, dtype=torch.float32)
             nn.init.kaiming_uniform_(head, a=math.sqrt(5))
-        self.norm = nn.LayerNorm(2 * HIDDEN)
+        self.norm = nn.LayerNorm(2 * HIDDEN, dtype=torch.float32)
         self.head = nn.Parameter(head)
         self.embedding: Tensor
         self.layer_of_gate: Tensor
@@ -48,15 +48,20 @@ class Controller(nn.Module):
         self.register_buffer("layer_of_gate", layer_of_gate, persistent=False)
 
     def forward(self) -> Tensor:
-        """Logits (gates,), the offset included: a gate is open where logit and noise are at least zero together."""
-        states, _ = self.gru(self.embedding)
-        states = self.norm(states).relu()
-        return (states[self.layer_of_gate] * self.head).sum(1) + OFFSET
+        """Logits (gates,), the offset included: a gate is open where logit and noise are at least zero together.
+
+        They are float32, whatever the default dtype or the autocast of the caller: a turn asks twice, in the model's
+        forward and in step().
+        """
+        with torch.autocast(self.head.device.type, enabled=False):
+            states, _ = self.gru(self.embedding)
+            states = self.norm(states).relu()
+            return (states[self.layer_of_gate] * self.head).sum(1) + OFFSET
 
 
 def gumbel_noise(num_gates: int, seed: int, step: int) -> Tensor:
     """Gumbel noise (gates,) that depends on the seed and the step alone: the same on every rank and after a resume."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     uniform = torch.rand(num_gates, generator=generator, dtype=torch.float64).clamp_min(1e-12)
     return -(-uniform.log()).log().float()
 

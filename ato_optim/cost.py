@@ -145,7 +145,7 @@ def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> Cost
     slots: tuple[dict[tuple[str, int], int], dict[tuple[str, int], int]] = ({}, {})
     rest = counts[""]
     for name, module in model.named_modules():
-        if not has_width(module) or not counts.get(name):
+        if not has_width(module) or not counts.get(name) or module.weight not in names:  # or it is parametrized
             continue
         # What a group of a grouped convolution costs is the same whatever is removed: its rows alone count.
         rows_alone = grouped(module)

@@ -9,7 +9,7 @@ autograd's version counters; between the two they are what they were.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Masking:
         self.model, self.table, self.gates = model, table, gates
         self._masked: list[Tensor] = []
         self._weights: list[Tensor] | None = None
-        self._buffers: list[Tensor] = []
+        self._assigned: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @property
     def on(self) -> bool:
@@ -43,7 +44,8 @@ class Masking:
         # Put back into the same tensors: within a forward fully_shard shows others under the parameters' names.
         self._masked = [local(p) for p in parameters]
         self._weights = [p.clone() for p in self._masked]
-        self._buffers = [b.data.clone() for b in self.model.buffers()]
+        self._assigned = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
+        self._buffers = [(buffer, buffer.data.clone()) for buffer in self.model.buffers()]
         self.table.scale(parameters, self.gates)
         # autocast keeps low-precision copies of weights, which are stale now.
         torch.clear_autocast_cache()
@@ -54,9 +56,11 @@ class Masking:
         if self._weights is None:
             return
         torch._foreach_copy_(self._masked, self._weights)
-        for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
+        for buffers, same in self._assigned:  # a forward may have assigned others, which its graph or caller holds
+            buffers.update(same)
+        for buffer, before in self._buffers:
             buffer.data.copy_(before)
-        self._masked, self._weights, self._buffers = [], None, []
+        self._masked, self._weights, self._assigned, self._buffers = [], None, [], []
         torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -71,13 +75,16 @@ class Masking:
 
 
 @torch.no_grad()
-def gate_gradient(model: nn.Module, table: GateTable, num_gates: int) -> Tensor:
-    """dL/dw (gates,) float32, from the unmasked weights and the gradients of a masked forward and backward."""
+def gate_gradient(model: nn.Module, table: GateTable, num_gates: int, ascending: Collection[str] = ()) -> Tensor:
+    """dL/dw (gates,) float32, from the unmasked weights and the gradients of a masked forward and backward.
+
+    Parameters named in `ascending` are trained to make what was differentiated larger: the loss is its negative.
+    """
     products = []
     for name in table.names:
         parameter = model.get_parameter(name)
-        gradient = parameter.grad
-        products.append(torch.zeros_like(parameter) if gradient is None else parameter * gradient)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        products.append(parameter * (-gradient if name in ascending else gradient))
     return table.sum(products, num_gates).float()
 
 
@@ -164,14 +171,20 @@ class TurnHooks:
         if self._sharded:
             output = cloned(output)
 
-        def backward_begins(gradient: Tensor) -> None:
+        def backward_begins(_: Any) -> None:
             masking.apply()
             torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(masking.undo))
 
-        hooked = [t.register_hook(backward_begins) for t in tensors_in(output) if t.grad_fn is not None]
-        if not hooked and output is not None:
+        found = list(tensors_in(output))
+        for tensor in found:
+            base = tensor._base
+            if base is not None and base.grad_fn is not None:  # a view changed in place leaves its node for another
+                base.grad_fn.register_prehook(backward_begins)
+            elif tensor.grad_fn is not None:
+                tensor.register_hook(backward_begins)
+        if not found and output is not None:
             raise TypeError(
-                f"model returned a {type(output).__name__} in which ATO finds no tensor with a gradient: return "
+                f"model returned a {type(output).__name__} in which ATO finds no tensor: return "
                 "tensors, or containers or objects that hold them"
             )
         return output

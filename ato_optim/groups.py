@@ -77,13 +77,13 @@ class GateTable:
         torch._foreach_mul_(parameters, [like(part, p) for part, p in zip(parts, parameters, strict=True)])
 
     def sum(self, tensors: Sequence[Tensor], gates: int) -> Tensor:
-        """Sums of `tensors`, shaped like the parameters, over all entries of each gate: (gates,)."""
+        """Sums of `tensors`, shaped like the parameters, over all entries of each gate: (gates,), at least float32."""
         rows = [
             whole(t if n == 1 else t.sum([d for d in range(n) if d != dim]))
             for t, dim, n in zip(tensors, self.dims, self.ndims, strict=True)
         ]
-        out = rows[0].new_zeros(gates + 1)
-        return out.index_add_(0, self.gate, torch.cat(rows))[:-1]
+        values = torch.cat([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
+        return values.new_zeros(gates + 1).index_add_(0, self.gate, values)[:-1]
 
     @torch.no_grad()
     def closed_are_zero(self, model: nn.Module, mask: Tensor) -> bool:

@@ -148,6 +148,7 @@ class ATO(torch.optim.Optimizer):
         else:  # torch.optim.Optimizer.__init__ is collecting the base optimizer's groups
             super().add_param_group(param_group)
 
+    @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the base optimizer's, and the pull on masked channels.
 
@@ -256,7 +257,8 @@ class ATO(torch.optim.Optimizer):
     def _controller_turn(self, search: Search, turn: Masking) -> None:
         """Learn from the gradients that the user's backward through the masked network left."""
         turn.undo()
-        gradient = gate_gradient(self.model, turn.table, len(self.mask))
+        ascending = {name for name, maximize in self._option("maximize").items() if maximize}
+        gradient = gate_gradient(self.model, turn.table, len(self.mask), ascending)
         search.learn(self.step_count, gradient, self.schedule.budget(self.step_count, self.target_flops))
         self._set_mask(search.proposal(), self.step_count)
         self.last_turn = self.step_count
@@ -275,17 +277,18 @@ class ATO(torch.optim.Optimizer):
         else:
             of_entries = torch._foreach_mul(parameters, parameters)
             squares = producers.sum(of_entries, len(self.mask))
-            moved = producers.sum(torch._foreach_mul(of_entries, self._learning_rates()), len(self.mask))
+            rates = self._option("lr")
+            rated = torch._foreach_mul(of_entries, [float(rates[name]) for name in producers.names])
+            moved = producers.sum(rated, len(self.mask))
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
             threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, squares) * shares
             factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
         producers.scale(parameters, torch.where(self.mask, 1.0, factor))
 
-    def _learning_rates(self) -> list[float]:
-        """Of each parameter of the producers."""
-        rates = [(float(group["lr"]), group["params"]) for group in self.param_groups]
-        rate_of = {id(parameter): rate for rate, parameters in rates for parameter in parameters}
-        return [rate_of[id(self.model.get_parameter(name))] for name in self.plan.groups.producers.names]
+    def _option(self, key: str) -> dict[str, Any]:
+        """What the base optimizer's groups say for `key`, by the names of the model's parameters."""
+        value_of = {id(p): group.get(key) for group in self.param_groups for p in group["params"]}
+        return {name: value_of[id(p)] for name, p in self.model.named_parameters() if id(p) in value_of}
 
     def _set_mask(self, mask: Tensor, step: int) -> None:
         self.mask = mask

@@ -61,7 +61,8 @@ def masked_shares(mask: Tensor, layer_of_gate: Tensor, num_layers: int) -> Tenso
         mask: (gates,) bool, True = kept.
         layer_of_gate: (gates,) int64.
     """
-    masked = torch.zeros(num_layers, device=mask.device).index_add_(0, layer_of_gate, (~mask).float())
+    masked = torch.zeros(num_layers, dtype=torch.float32, device=mask.device)
+    masked.index_add_(0, layer_of_gate, (~mask).float())
     return (masked / masked.sum().clamp_min(1))[layer_of_gate]
 
 

@@ -169,7 +169,8 @@ def difference(outputs: Any, others: Any) -> float:
     here, there = list(tensors_in(outputs)), list(tensors_in(others))
     if [t.shape for t in here] != [t.shape for t in there]:
         return math.inf
-    pairs = [(a, b) for a, b in zip(here, there, strict=True) if a.numel() and (a.is_floating_point() or a.is_complex())]
+    both = zip(here, there, strict=True)
+    pairs = [(a, b) for a, b in both if a.numel() and (a.is_floating_point() or a.is_complex())]
     if not pairs:
         return 0.0
     largest = torch.stack([a.abs().max().double() for a, _ in pairs]).max().item()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -67,19 +68,25 @@ def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) 
 
     Every parameter and buffer is what `convert` makes of it, default: a clone.
 
-    Activations that modules keep as attributes, which torch refuses to copy, are detached.
+    Activations, which torch refuses to copy, are detached, wherever a module or one of its hooks keeps them.
     """
-    kept = (leaf for module in model.modules() for leaf in _pytree.tree_leaves(list(vars(module).values())))
     if convert is not None and is_sharded(model):
         return copy_model(copy_model(model), convert)
-    memo: dict[int, Any] = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    memo: dict[int, Any] = {}
     if convert is not None:
         for parameter in model.parameters():
             converted = convert(parameter)
             same = converted is parameter
             memo[id(parameter)] = parameter if same else nn.Parameter(converted.detach(), parameter.requires_grad)
         memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
-    return copy.deepcopy(model, unsharded(model, memo))
+    deepcopy = Tensor.__deepcopy__
+
+    def detached(tensor: Tensor, memo: dict[int, Any]) -> Any:
+        return deepcopy(tensor, memo) if tensor.is_leaf else tensor.detach()
+
+    memo = unsharded(model, memo)
+    with mock.patch.object(Tensor, "__deepcopy__", detached):
+        return copy.deepcopy(model, memo)
 
 
 def skeleton(model: Model) -> Model:
@@ -92,10 +99,25 @@ def sharing_copy(model: Model) -> Model:
     return copy_model(model, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.clone())
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
     """The tensors in what a model returns: nests of containers, and objects by their attributes."""
+    seen: set[int] = set() if _seen is None else _seen
     for leaf in _pytree.tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
-            yield from tensors_in(list(vars(leaf).values()))
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from tensors_in(_parts(leaf), seen)
+
+
+def _parts(leaf: Any) -> list[Any]:
+    """What an object holds that pytree does not open: a dict's or list's subclass by its items, others by attribute."""
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    if isinstance(leaf, (list, tuple)):
+        return list(leaf)
+    if isinstance(leaf, (type, nn.Module)):
+        return []
+    slots = [slot for cls in type(leaf).__mro__ for slot in _pytree.tree_leaves(vars(cls).get("__slots__", ()))]
+    named = [getattr(leaf, slot) for slot in slots if not slot.startswith("__") and hasattr(leaf, slot)]
+    return [*getattr(leaf, "__dict__", {}).values(), *named]

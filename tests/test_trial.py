@@ -107,7 +107,7 @@ class Insists(nn.Linear):
         return super().forward(x.float())
 
 
-@pytest.mark.parametrize("layer, doubled", [(nn.Linear, True), (Fixed, True), (Insists, False)])
+@pytest.mark.parametrize(("layer", "doubled"), [(nn.Linear, True), (Fixed, True), (Insists, False)])
 def test_float64_where_the_model_runs_in_it(layer, doubled):
     model, x = nn.Sequential(layer(8, 16), nn.ReLU(), layer(16, 4)), torch.randn(2, 8)
     before = [p.clone() for p in model.parameters()]
