@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .compress import CUT, Cut, apply_cut
-from .unwrap import unwrap
+from .unwrap import skeleton, unwrap
 
 FORMAT = "ato_optim.pruned"
 VERSION = 1
@@ -23,7 +23,7 @@ def save_pruned(model: nn.Module, path: File) -> None:
     """Write the compressed `model` to `path`: its state_dict and what was cut from the dense network.
 
     Raises:
-        ValueError: if `model` was not compressed by ATO.
+        ValueError: if `model` was not compressed by ATO, or a layer of it was replaced since.
     """
     model = unwrap(model)
     cut = getattr(model, CUT, None)
@@ -31,14 +31,23 @@ def save_pruned(model: nn.Module, path: File) -> None:
         raise ValueError(
             f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense model"
         )
-    torch.save({"format": FORMAT, "version": VERSION, "cut": asdict(cut), "weights": model.state_dict()}, path)
+    weights = model.state_dict()
+    for name, tensor in weights.items():
+        if name in cut.dense and list(tensor.shape) != cut.shape(name):
+            raise ValueError(
+                f"model ({type(model).__name__}) has {name} of shape {list(tensor.shape)} where its cut leaves "
+                f"{cut.shape(name)}, and would not load into the dense network: save before layers are replaced, or "
+                "replace them before ATO is built"
+            )
+    torch.save({"format": FORMAT, "version": VERSION, "cut": asdict(cut), "weights": weights}, path)
 
 
 def load_pruned(dense_model: Model, path: File, map_location: torch.device | str | None = None) -> Model:
     """Cut `dense_model` as the network in `path` was, load its weights, and return it.
 
-    The file is read with weights_only=True: it can hold no code. `dense_model` is changed in place and
-    keeps its device, dtype and mode; its outputs are then those of the saved network, to the bit.
+    The file is read with weights_only=True: it can hold no code. `dense_model`, bare or wrapped, is changed in place
+    and keeps its device, dtype and mode; its outputs are then those of the saved network, to the bit if the dtype is
+    the same.
 
     Raises:
         ValueError: if the file is none of save_pruned's, or was made from another architecture; the first
@@ -52,6 +61,13 @@ def load_pruned(dense_model: Model, path: File, map_location: torch.device | str
             f"path ({path}) has format version {content['version']}, this ato_optim reads {VERSION}: "
             "install the version that wrote it"
         )
-    apply_cut(Cut(**content["cut"]), dense_model)
-    dense_model.load_state_dict(content["weights"])
+    model, cut = unwrap(dense_model), Cut(**content["cut"])
+    trial = skeleton(model)
+    apply_cut(cut, trial)
+    try:
+        trial.load_state_dict(content["weights"], assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"path ({path}) holds weights that do not fit dense_model after its cut: {error}") from error
+    apply_cut(cut, model)
+    model.load_state_dict(content["weights"])
     return dense_model

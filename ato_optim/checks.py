@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import sharding
+from .discovery import UNSEEN
 from .plan import Plan
 from .projection import Projection
 from .schedule import FEWEST_TURNS, Schedule
@@ -169,6 +170,19 @@ def budget(target_flops: float, plan: Plan, least: float) -> None:
         raise ValueError(
             f"target_flops={target_flops} cannot be reached: the least budget of this model is "
             f"{math.ceil(least * 1e4) / 1e4:.4f} with the present min_width, round_to and ignored_layers"
+        )
+
+
+def reached(plan: Plan, model: nn.Module, trained: Collection[Any]) -> None:
+    """Warn of layers that are trained and that the example inputs do not show."""
+    unseen = [name for entry in plan.groups.left_out if entry.reason == UNSEEN for name in entry.layers]
+    unseen = [name for name in unseen if model.get_submodule(name).weight in trained]
+    if unseen:
+        warnings.warn(
+            f"example_inputs do not show what these layers read, or their gradients stay inside: {', '.join(unseen)}. "
+            "Where they read channels that are pruned they will not fit after compress(): pass a forward_fn that runs "
+            "all of the model and returns all of its outputs, or name what they read in ignored_layers",
+            stacklevel=3,
         )
 
 

@@ -7,7 +7,7 @@ an averaged copy, a fresh dense model that a file is loaded into, and the optimi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ class Cut:
     attributes: dict[str, dict[str, Any]]
     dense: dict[str, list[int]]
     modules: dict[str, dict[str, Any]]
+
+    def shape(self, name: str) -> list[int]:
+        """The shape after the cut of the tensor `name`."""
+        dims = self.kept.get(name, {})
+        return [len(dims.get(dim, range(size))) for dim, size in enumerate(self.dense[name])]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -126,17 +131,15 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
     before = _plain_attributes(bare)
     _prune(bare, groups, mask)
     pruned = {name for name, _ in groups.sides}
+    cut = Cut(kept, {}, shapes, modules)
     for name, tensor in tensors(bare).items():
-        if name.rpartition(".")[0] not in pruned:
-            continue
-        shape = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shapes[name])]
-        if list(tensor.shape) != shape:
-            raise RuntimeError(f"torch-pruning leaves {name} in shape {list(tensor.shape)}, expected {shape}")
+        if name.rpartition(".")[0] in pruned and list(tensor.shape) != cut.shape(name):
+            raise RuntimeError(f"torch-pruning leaves {name} in shape {list(tensor.shape)}, expected {cut.shape(name)}")
     attributes = {
         name: {key: value for key, value in values.items() if value != before[name].get(key)}
         for name, values in _plain_attributes(bare).items()
     }
-    return Cut(kept, {name: values for name, values in attributes.items() if values}, shapes, modules)
+    return replace(cut, attributes={name: values for name, values in attributes.items() if values})
 
 
 def check_cut(cut: Cut, model: nn.Module) -> None:
@@ -173,6 +176,18 @@ def select(tensor: Tensor, kept: dict[int, list[int]], dense: list[int] | None =
     return tensor if memory_format is None else tensor.contiguous(memory_format=memory_format)
 
 
+def _successor(old: nn.Parameter, data: Tensor, dims: dict[int, list[int]]) -> nn.Parameter:
+    """A parameter with `data`, the rest of `old`'s gradient, and all that others have put on `old`."""
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    if old.grad is not None:
+        new.grad = select(old.grad, dims)
+    vars(new).update(vars(old))
+    # The same dicts, so that the handles which registering gave still remove.
+    new._backward_hooks = old._backward_hooks
+    new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
+    return new
+
+
 def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Cut `model` in place; gradients are cut along. Returns the new parameter of each one that was replaced.
 
@@ -198,10 +213,7 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
         if id(old) not in done:
             new: Tensor = select(old.detach(), dims)
             if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-                if old.grad is not None:
-                    new.grad = select(old.grad, dims)
-                replaced[old] = new
+                replaced[old] = new = _successor(old, new, dims)
             done[id(old)] = new
         setattr(owner, leaf, done[id(old)])
     for name, values in cut.attributes.items():
@@ -225,7 +237,18 @@ def compose(first: Cut, second: Cut) -> Cut:
 
 
 def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
-    """Raise ValueError if `optimizer` holds state that cannot be cut: vectors over all parameters, as LBFGS has."""
+    """Raise ValueError if `optimizer` holds what cannot be cut.
+
+    That is state which is a vector over all parameters, as LBFGS has, or an optimizer of its own with other lists.
+    """
+    for inner in vars(optimizer).values():
+        if isinstance(inner, torch.optim.Optimizer) and (
+            inner.param_groups is not optimizer.param_groups or inner.state is not optimizer.state
+        ):
+            raise ValueError(
+                f"base_optimizer ({type(optimizer).__name__}) holds another optimizer ({type(inner).__name__}), whose "
+                "lists cannot follow the cut: use compress(inplace=False), and a new optimizer to train on"
+            )
     for parameter, state in optimizer.state.items():
         if parameter not in names:  # of a group that was added, not the model's: it stays as it is
             continue

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Node
 from torch_pruning.ops import OPTYPE
 
+from .cost import has_width
 from .graph import ForwardFn, Touch, Unsafe, Walker, call, grouped, trace
 from .groups import GateTable, Groups, LayerGroup, LeftOut
 
@@ -31,6 +32,8 @@ _UNSAFE = {
     OPTYPE.LSTM: "runs through an LSTM",
     OPTYPE.OUTPUT: "is an output of the model",
 }
+
+UNSEEN = "is not in the graph of a forward on example_inputs, as they do not reach it or its gradients stay inside"
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ class Discovery:
         ignored_layers: Iterable[nn.Module] = (),
         frozen: Iterable[Tensor] = (),
     ):
-        graph, outputs, self.trains = trace(model, example_inputs, forward_fn)
+        traced = trace(model, example_inputs, forward_fn)
+        self.trains = traced.training
         model.eval()
         self.shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._names: dict[Tensor, str] = {t: name for name, t in (*model.named_buffers(), *model.named_parameters())}
@@ -172,8 +176,13 @@ class Discovery:
         self.candidates: list[Candidate] = []
         self.left_out: dict[str, str] = {}
         ignored = {child for layer in ignored_layers for child in layer.modules()}
-        self._find(Walker(graph, _objection_to(outputs, ignored)), set(frozen))
+        self._find(Walker(traced.graph, _objection_to(traced.outputs, ignored)), set(frozen))
         self._refuse_conflicts()
+        self.left_out |= {
+            name: UNSEEN
+            for module, name in self._modules.items()
+            if has_width(module) and module.weight in self._names and module.weight not in traced.parameters
+        }
         self.left_out |= {name: reason for module, name in self._modules.items() if (reason := _unknown(module))}
 
     def _find(self, walker: Walker, frozen: set[Tensor]) -> None:

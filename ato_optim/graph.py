@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,21 +43,36 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     return model(example_inputs)
 
 
-def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple[tp.DependencyGraph, set[Node], bool]:
-    """torch-pruning's graph of `model`, the nodes that write its outputs, and whether it is one of training mode.
+@dataclass(frozen=True)
+class Trace:
+    """torch-pruning's `graph` of one forward of a model.
 
-    Training mode runs auxiliary heads; some models want targets in it, and are traced in eval mode.
+    Attributes:
+        outputs: the nodes that write the model's outputs.
+        parameters: those that the outputs depend on, as autograd sees it.
+        training: whether it is a forward in training mode.
+    """
+
+    graph: tp.DependencyGraph
+    outputs: set[Node]
+    parameters: set[Tensor]
+    training: bool
+
+
+def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Trace:
+    """The trace of a forward in training mode, which runs auxiliary heads, or in eval mode, if that wants targets.
+
     All floating-point parameters of `model` require gradients afterwards.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     try:
-        return *_trace(model.train(), example_inputs, forward_fn), True
+        return _trace(model.train(), example_inputs, forward_fn)
     except Exception:
-        return *_trace(model.eval(), example_inputs, forward_fn), False
+        return _trace(model.eval(), example_inputs, forward_fn)
 
 
-def _trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple[tp.DependencyGraph, set[Node]]:
+def _trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Trace:
     outputs: list[Tensor] = []
     training = model.training
 
@@ -76,7 +91,18 @@ def _trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tupl
             "cannot be traced: pass a forward_fn that runs it without torch.no_grad() and detach()"
         )
     functions = {t.grad_fn for t in outputs}
-    return graph, {node for node in graph.module2node.values() if node.grad_fn in functions}
+    writers = {node for node in graph.module2node.values() if node.grad_fn in functions}
+    return Trace(graph, writers, _leaves(functions), training)
+
+
+def _leaves(functions: Iterable[Any]) -> set[Tensor]:
+    """The tensors to which autograd's `functions` pass gradients in the end."""
+    seen, stack = set(functions), list(functions)
+    while stack:
+        following = {function for function, _ in getattr(stack.pop(), "next_functions", ())} - seen
+        seen |= following
+        stack += following
+    return {function.variable for function in seen if hasattr(function, "variable")}
 
 
 def grouped(module: Any) -> bool:

@@ -65,7 +65,8 @@ class ATO(torch.optim.Optimizer):
             them a budget below what can be reached, which names the least that can.
 
     Warns:
-        UserWarning: if the run leaves the controller fewer than 20 turns, and, while it searches, if no turn comes.
+        UserWarning: if the run leaves the controller fewer than 20 turns; if `example_inputs` do not reach all layers
+            that are trained; and, while the controller searches, if no turn comes.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class ATO(torch.optim.Optimizer):
         self.search: Search | None = None
         if self.target_flops < 1:
             checks.turns(self.schedule)
+            checks.reached(plan, root, trained)
             lr = controller_lr or self.schedule.controller_lr
             self.search = Search(
                 plan, self.least, self.target_flops, gamma, beta, lr, controller_weight_decay, int(seed)
