@@ -77,19 +77,25 @@ class Candidate:
 
     root: str
     size: int
-    layers: tuple[str, ...]
+    layers: dict[str, int]
     touches: list[Touch]
     roles: list[Role]
 
 
-def _written_layers(touches: list[Touch], order: Mapping[nn.Module, str]) -> tuple[str, ...]:
-    """Names of the layers whose output channels are touched, in the model's order."""
-    written = {
-        touch.node.module
+def _written_layers(touches: list[Touch], order: Mapping[nn.Module, str]) -> dict[str, int]:
+    """Names of the layers whose output channels are touched, in the model's order, and how many channels a gate has."""
+    gates_of = {
+        touch.node.module: touch.gates[touch.gates >= 0]
         for touch in touches
-        if touch.writes and touch.node.type in (*_READERS, OPTYPE.DEPTHWISE_CONV) and (touch.gates >= 0).any()
+        if touch.writes and touch.node.type in (*_READERS, OPTYPE.DEPTHWISE_CONV)
     }
-    return tuple(name for module, name in order.items() if module in written)
+    counts = {module: gates.bincount() for module, gates in gates_of.items() if len(gates)}
+    counts = {module: count[count > 0] for module, count in counts.items()}
+    return {
+        name: int(counts[module][0]) if (counts[module] == counts[module][0]).all() else 0
+        for module, name in order.items()
+        if module in counts
+    }
 
 
 def _summed(touches: list[Touch]) -> bool:
@@ -273,10 +279,8 @@ class Discovery:
             for touch in candidate.touches:
                 if touch.node.module in self._modules:
                     fill(sides, (self._modules[touch.node.module], touch.writes), touch.gates, start)
-            counts = candidate.touches[0].gates[candidate.touches[0].gates >= 0].bincount()
-            channels = int(counts[0]) if (counts == counts[0]).all() else 0
             summed = _summed(candidate.touches)
-            layers.append(LayerGroup(candidate.root, start, candidate.size, channels, candidate.layers, summed))
+            layers.append(LayerGroup(candidate.root, start, candidate.size, candidate.layers, summed))
             start += candidate.size
         reasons = defaultdict(list)
         for name in self._modules.values():

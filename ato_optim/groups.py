@@ -24,10 +24,9 @@ class LayerGroup:
     """Its first gate."""
     size: int
     """How many gates it has."""
-    channels: int
-    """How many channels the root layer has for each gate, if all have as many, else 0."""
-    layers: tuple[str, ...]
-    """Names of the convolutions and linear layers whose outputs it prunes."""
+    layers: dict[str, int]
+    """Names of the convolutions and linear layers whose outputs it prunes, the root among them, and how many channels
+    of each a gate has, 0 if some have more than others."""
     summed: bool
     """Whether what it prunes is added up somewhere: a residual stream."""
 

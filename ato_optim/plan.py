@@ -66,7 +66,10 @@ class Plan:
 
     def lots(self, round_to: int) -> Tensor:
         """Gates (layers,) int64 that go together for widths that are multiples of `round_to` channels."""
-        lots = [round_to // math.gcd(layer.channels, round_to) for layer in self.groups.layers]
+        lots = [
+            math.lcm(*(round_to // math.gcd(channels, round_to) for channels in layer.layers.values()))
+            for layer in self.groups.layers
+        ]
         return torch.tensor(lots, dtype=torch.long, device=self.device)
 
     def stream_widths(self, min_width: float, round_to: int, limit: float) -> Tensor:
@@ -92,7 +95,7 @@ class Plan:
             "parameters_before": self.count_parameters(dense),
             "parameters_after": self.count_parameters(mask),
             "widths": tuple(
-                Width(layer.layers, *(self._channels(layer, which) for which in (dense, least, mask)))
+                Width(tuple(layer.layers), *(self._channels(layer, which) for which in (dense, least, mask)))
                 for layer in self.groups.layers
             ),
             "left_out": tuple((entry.layers, entry.reason) for entry in self.groups.left_out),

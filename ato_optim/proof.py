@@ -229,7 +229,7 @@ class Trial:
     def failures(self, groups: Groups) -> dict[str, str]:
         """Root layers of groups that fail, with the reason; none only if all groups pass together."""
         # Bundles first: where some fail, heads of an attention say, most others pass together.
-        layers = sorted(groups.layers, key=lambda layer: layer.channels == 1)
+        layers = sorted(groups.layers, key=lambda layer: layer.layers[layer.root] == 1)
         for trial in range(2 * self.pairs):
             failed = self._culprits(groups, layers, trial)
             if failed:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from networks import Concat, Flatten, Residual, example
 
 from ato_optim.budget import least_mask, minimum_widths, ranks, solve
+from ato_optim.compress import apply_cut, derive_cut
 from ato_optim.graph import call
 from ato_optim.plan import make_plan
 
@@ -84,3 +85,27 @@ def test_a_network_of_usual_size_is_met_within_one_percent(target):
         least = minimum_widths(plan.sizes, 0.1, round_to)
         mask = solve(torch.randn(plan.groups.num_gates), plan.layer_of_gate, plan.cost, target, least, round_to)
         assert target - 0.01 <= plan.share(mask) <= target
+
+
+class Halved(torch.nn.Module):
+    """Both halves of one layer's channels are added to another layer, which has half as many."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 4, 1)
+
+    def forward(self, x):
+        one, other = self.a(x).chunk(2, 1)
+        return self.c(torch.relu(one + other + self.b(x)))
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7, 0.9])
+def test_rounded_widths_are_so_in_all_layers_that_are_coupled(target):
+    model = Halved()
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    assert [layer.layers for layer in plan.groups.layers] == [{"a": 2, "b": 1}]
+    lots = plan.lots(8)
+    mask = solve(torch.randn(32), plan.layer_of_gate, plan.cost, target, minimum_widths(plan.sizes, 0.1, lots), lots)
+    apply_cut(derive_cut(model, plan.groups, mask), model)
+    assert model.a.out_channels == 2 * model.b.out_channels
+    assert model.b.out_channels % 8 == 0 and model.b.out_channels < 32
