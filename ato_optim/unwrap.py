@@ -69,6 +69,8 @@ def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) 
     Every parameter and buffer is what `convert` makes of it, default: a clone.
 
     Activations, which torch refuses to copy, are detached, wherever a module or one of its hooks keeps them.
+
+    Raises ValueError if something that the model holds refuses.
     """
     if convert is not None and is_sharded(model):
         return copy_model(copy_model(model), convert)
@@ -85,8 +87,14 @@ def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) 
         return deepcopy(tensor, memo) if tensor.is_leaf else tensor.detach()
 
     memo = unsharded(model, memo)
-    with mock.patch.object(Tensor, "__deepcopy__", detached):
-        return copy.deepcopy(model, memo)
+    try:
+        with mock.patch.object(Tensor, "__deepcopy__", detached):
+            return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"model ({type(model).__name__}) cannot be copied ({type(error).__name__}: {error}): ATO tries its cuts on "
+            "copies. Keep locks, files and generators outside of modules, or give what holds them a __deepcopy__"
+        ) from error
 
 
 def skeleton(model: Model) -> Model:

@@ -1,6 +1,7 @@
 """What a cut carries over, what it refuses, and models of kinds that are cut like any other."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -189,3 +190,11 @@ def test_a_file_is_loaded_into_a_wrapped_network(wrap, tmp_path):
     save_pruned(wrap(small), tmp_path / "small.pt")
     loaded = load_pruned(wrap(Residual()), tmp_path / "small.pt").eval()
     assert torch.equal(loaded(example()), small.eval()(example()))
+
+
+def test_a_model_that_cannot_be_copied_is_refused_by_what_it_holds():
+    model = Residual()
+    model.lock = threading.Lock()
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(ValueError, match=r"cannot be copied \(TypeError: cannot pickle.*lock"):
+        ATO(base, model, example(), target_flops=0.6, total_steps=100)
