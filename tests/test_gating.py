@@ -73,7 +73,7 @@ class HandGated(nn.Module):
 def test_gate_gradient_equals_gates_written_by_hand():
     model = Residual().double()
     plan = make_plan(model, example().double(), call, [], set(model.parameters()))
-    (layer,) = [layer for layer in plan.groups.layers if layer.layers == ("one.0",)]
+    (layer,) = [layer for layer in plan.groups.layers if layer.root == "one.0"]
     gates = torch.ones(plan.groups.num_gates, dtype=torch.double)
     gates[layer.start : layer.start + 4] = 0
     hand = HandGated(copy.deepcopy(model), gates[layer.gates].clone().requires_grad_())
