@@ -8,9 +8,10 @@ from typing import IO, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .compress import CUT, Cut, apply_cut
-from .unwrap import skeleton, unwrap
+from .unwrap import copy_model, unwrap, wrappers
 
 FORMAT = "ato_optim.pruned"
 VERSION = 1
@@ -31,23 +32,22 @@ def save_pruned(model: nn.Module, path: File) -> None:
         raise ValueError(
             f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense model"
         )
-    weights = model.state_dict()
-    for name, tensor in weights.items():
-        if name in cut.dense and list(tensor.shape) != cut.shape(name):
+    for name, parameter in model.named_parameters():
+        if name in cut.dense and list(parameter.shape) != cut.shape(name):
             raise ValueError(
-                f"model ({type(model).__name__}) has {name} of shape {list(tensor.shape)} where its cut leaves "
+                f"model ({type(model).__name__}) has {name} of shape {list(parameter.shape)} where its cut leaves "
                 f"{cut.shape(name)}, and would not load into the dense network: save before layers are replaced, or "
                 "replace them before ATO is built"
             )
-    torch.save({"format": FORMAT, "version": VERSION, "cut": asdict(cut), "weights": weights}, path)
+    torch.save({"format": FORMAT, "version": VERSION, "cut": asdict(cut), "weights": model.state_dict()}, path)
 
 
 def load_pruned(dense_model: Model, path: File, map_location: torch.device | str | None = None) -> Model:
     """Cut `dense_model` as the network in `path` was, load its weights, and return it.
 
-    The file is read with weights_only=True: it can hold no code. `dense_model`, bare or wrapped, is changed in place
-    and keeps its device, dtype and mode; its outputs are then those of the saved network, to the bit if the dtype is
-    the same.
+    The file is read with weights_only=True: it can hold no code. `dense_model`, bare or in a wrapper of torch.compile
+    or an average, is changed in place and keeps its device, dtype and mode; its outputs are then those of the saved
+    network, to the bit if the dtype is the same.
 
     Raises:
         ValueError: if the file is none of save_pruned's, or was made from another architecture; the first
@@ -62,10 +62,15 @@ def load_pruned(dense_model: Model, path: File, map_location: torch.device | str
             "install the version that wrote it"
         )
     model, cut = unwrap(dense_model), Cut(**content["cut"])
-    trial = skeleton(model)
+    if any(isinstance(wrapper, DistributedDataParallel) for wrapper in wrappers(dense_model)):
+        raise ValueError(
+            "dense_model is wrapped in a DistributedDataParallel, which would not average the gradients of the smaller "
+            "parameters: load into its module, and wrap that"
+        )
+    trial = copy_model(model)
     apply_cut(cut, trial)
     try:
-        trial.load_state_dict(content["weights"], assign=True)
+        trial.load_state_dict(content["weights"])
     except RuntimeError as error:
         raise ValueError(f"path ({path}) holds weights that do not fit dense_model after its cut: {error}") from error
     apply_cut(cut, model)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import sharding
-from .discovery import UNSEEN
+from .discovery import UNREACHED
 from .plan import Plan
 from .projection import Projection
 from .schedule import FEWEST_TURNS, Schedule
@@ -174,14 +174,14 @@ def budget(target_flops: float, plan: Plan, least: float) -> None:
 
 
 def reached(plan: Plan, model: nn.Module, trained: Collection[Any]) -> None:
-    """Warn of layers that are trained and that the example inputs do not show."""
-    unseen = [name for entry in plan.groups.left_out if entry.reason == UNSEEN for name in entry.layers]
-    unseen = [name for name in unseen if model.get_submodule(name).weight in trained]
-    if unseen:
+    """Warn of layers that are trained and that the example inputs do not reach."""
+    unreached = [name for entry in plan.groups.left_out if entry.reason == UNREACHED for name in entry.layers]
+    unreached = [name for name in unreached if model.get_submodule(name).weight in trained]
+    if unreached:
         warnings.warn(
-            f"example_inputs do not show what these layers read, or their gradients stay inside: {', '.join(unseen)}. "
-            "Where they read channels that are pruned they will not fit after compress(): pass a forward_fn that runs "
-            "all of the model and returns all of its outputs, or name what they read in ignored_layers",
+            f"example_inputs do not reach layers that are trained: {', '.join(unreached)}. If these read channels that "
+            "are pruned they will not fit after compress(): pass a forward_fn that runs all of the model, or name what "
+            "they read in ignored_layers",
             stacklevel=3,
         )
 

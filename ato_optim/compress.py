@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from .graph import grouped
 from .groups import Groups
@@ -181,7 +182,9 @@ def _successor(old: nn.Parameter, data: Tensor, dims: dict[int, list[int]]) -> n
     new = nn.Parameter(data, requires_grad=old.requires_grad)
     if old.grad is not None:
         new.grad = select(old.grad, dims)
-    vars(new).update(vars(old))
+    for key, value in vars(old).items():
+        alike = isinstance(value, Tensor) and value.shape == old.shape
+        setattr(new, key, select(value, dims) if alike else value)
     # The same dicts, so that the handles which registering gave still remove.
     new._backward_hooks = old._backward_hooks
     new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
@@ -236,19 +239,32 @@ def compose(first: Cut, second: Cut) -> Cut:
     return Cut(kept, attributes, first.dense, first.modules)
 
 
+def _with_inner(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """`optimizer` and those that it holds, as Lookahead and ZeroRedundancyOptimizer do."""
+    found = [optimizer]
+    for one in found:
+        held = {key: value for key, value in vars(one).items() if key not in ("state", "param_groups")}
+        inner = [leaf for leaf in _pytree.tree_leaves(held) if isinstance(leaf, torch.optim.Optimizer)]
+        found += [other for other in inner if all(other is not known for known in found)]
+    return found
+
+
 def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
     """Raise ValueError if `optimizer` holds what cannot be cut.
 
-    That is state which is a vector over all parameters, as LBFGS has, or an optimizer of its own with other lists.
+    That is an optimizer with lists of parameters of its own, and state that is a vector over all parameters, as LBFGS
+    has.
     """
-    for inner in vars(optimizer).values():
-        if isinstance(inner, torch.optim.Optimizer) and (
-            inner.param_groups is not optimizer.param_groups or inner.state is not optimizer.state
-        ):
+    for inner in _with_inner(optimizer):
+        if inner.param_groups is not optimizer.param_groups:
             raise ValueError(
                 f"base_optimizer ({type(optimizer).__name__}) holds another optimizer ({type(inner).__name__}), whose "
                 "lists cannot follow the cut: use compress(inplace=False), and a new optimizer to train on"
             )
+        _check_state(inner, names, cut)
+
+
+def _check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
     for parameter, state in optimizer.state.items():
         if parameter not in names:  # of a group that was added, not the model's: it stays as it is
             continue
@@ -276,14 +292,15 @@ def carry_state(
     """
     for group in optimizer.param_groups:
         group["params"][:] = [replaced.get(p, p) for p in group["params"]]
-    for old, new in replaced.items():
-        state = optimizer.state.pop(old, None)
-        if state is not None:
-            kept, dense = cut.kept[names[old]], cut.dense[names[old]]
-            optimizer.state[new] = {
-                key: select(value, kept, dense) if isinstance(value, Tensor) and value.ndim else value
-                for key, value in state.items()
-            }
+    for state_of in [one.state for one in _with_inner(optimizer)]:
+        for old, new in replaced.items():
+            state = state_of.pop(old, None)
+            if state is not None:
+                kept, dense = cut.kept[names[old]], cut.dense[names[old]]
+                state_of[new] = {
+                    key: select(value, kept, dense) if isinstance(value, Tensor) and value.ndim else value
+                    for key, value in state.items()
+                }
 
 
 def apply_cut_in_training(cut: Cut, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -34,7 +34,7 @@ class Controller(nn.Module):
         super().__init__()
         num_layers = int(layer_of_gate.max()) + 1
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed % 2**63)
             embedding = torch.empty(num_layers, EMBEDDING, dtype=torch.float32)
             nn.init.orthogonal_(embedding)
             self.gru = nn.GRU(EMBEDDING, HIDDEN, bidirectional=True, dtype=torch.float32)

@@ -18,7 +18,7 @@ from torch_pruning.dependency import Node
 from torch_pruning.ops import OPTYPE
 
 from .cost import has_width
-from .graph import ForwardFn, Touch, Unsafe, Walker, call, grouped, trace
+from .graph import ForwardFn, Touch, Unsafe, Walker, grouped, trace
 from .groups import GateTable, Groups, LayerGroup, LeftOut
 
 # Modules that write their rows (dimension 0 unless transposed) and read their columns.
@@ -33,7 +33,8 @@ _UNSAFE = {
     OPTYPE.OUTPUT: "is an output of the model",
 }
 
-UNSEEN = "is not in the graph of a forward on example_inputs, as they do not reach it or its gradients stay inside"
+UNREACHED = "is not reached by example_inputs"
+_HIDDEN = "is not in the graph of the outputs: its gradients stay inside"
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Discovery:
     Args:
         model: traced once and changed: left in eval mode, all gradients required.
         ignored_layers, frozen: modules and parameters of `model` whose groups are left out.
+        counts: MACs by module of a forward (see cost.counted).
 
     Attributes:
         candidates: what nothing in the graph speaks against.
@@ -169,9 +171,10 @@ class Discovery:
         self,
         model: nn.Module,
         example_inputs: Any,
-        forward_fn: ForwardFn = call,
-        ignored_layers: Iterable[nn.Module] = (),
-        frozen: Iterable[Tensor] = (),
+        forward_fn: ForwardFn,
+        ignored_layers: Iterable[nn.Module],
+        frozen: Iterable[Tensor],
+        counts: Mapping[str, int],
     ):
         traced = trace(model, example_inputs, forward_fn)
         self.trains = traced.training
@@ -185,7 +188,7 @@ class Discovery:
         self._find(Walker(traced.graph, _objection_to(traced.outputs, ignored)), set(frozen))
         self._refuse_conflicts()
         self.left_out |= {
-            name: UNSEEN
+            name: _HIDDEN if counts.get(name) else UNREACHED
             for module, name in self._modules.items()
             if has_width(module) and module.weight in self._names and module.weight not in traced.parameters
         }

@@ -132,7 +132,7 @@ def make_plan(
         parameters = dict(zip(model.parameters(), copied.parameters(), strict=True))
         frozen = [there for here, there in parameters.items() if here not in trained]
         try:
-            found = Discovery(copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen)
+            found = Discovery(copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen, counts)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"model ({type(model).__name__}) cannot be traced by torch-pruning ({type(error).__name__}: {error}): "

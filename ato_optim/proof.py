@@ -16,7 +16,7 @@ from .compress import apply_cut, derive_cut
 from .cost import build_cost, counted
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .unwrap import sharing_copy, tensors_in
+from .unwrap import copy_model, sharing_copy, tensors_in
 
 TOLERANCE = 1e-8
 """Largest difference of an output, relative to its largest value, where the trial runs in float64 throughout."""
@@ -40,7 +40,9 @@ def randomise(model: nn.Module) -> None:
         return torch.rand(tensor.shape, generator=generator).to(tensor)
 
     for parameter in model.parameters():
-        if parameter.is_floating_point() and (parameter.ndim == 1 or parameter.min() == parameter.max()):
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        if parameter.ndim == 1 or parameter.min() == parameter.max():
             parameter.add_(noise(parameter), alpha=0.5)
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
@@ -128,24 +130,24 @@ def _doubled(value: Any) -> Any:
 
 
 @torch.no_grad()
-def in_float64(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple[Any, float]:
-    """Put `model` in float64 if it runs in it. Returns the example inputs for it, and the tolerance of its outputs.
+def in_float64(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool
+) -> tuple[nn.Module, Any, float]:
+    """`model`, in eval mode, and the example inputs in float64, if it runs in that, and the tolerance of its outputs.
 
-    In float32 a small difference far from the output drowns in rounding. A model that fixes a dtype in its forward, or
-    whose device has no float64, stays as it is.
+    In float32 a small difference far from the output drowns in rounding. A model that fixes a dtype in its forward, of
+    training too if it `trains`, or whose device has no float64, is tried as it is.
     """
-    before = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
-    doubled = _pytree.tree_map(_doubled, example_inputs)
+    inputs = _pytree.tree_map(_doubled, example_inputs)
     try:
-        for tensor, data in before:
-            tensor.data = _doubled(data)
+        fine = copy_model(model, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
         with _Rounding() as rounding:
-            forward_fn(model, doubled)
+            forward_fn(fine, inputs)
+        if trains:
+            forward_fn(sharing_copy(fine).train(), inputs)
     except Exception:
-        for tensor, data in before:
-            tensor.data = data
-        return example_inputs, COARSE_TOLERANCE
-    return doubled, COARSE_TOLERANCE if rounding.met else TOLERANCE
+        return model, example_inputs, COARSE_TOLERANCE
+    return fine, inputs, COARSE_TOLERANCE if rounding.met else TOLERANCE
 
 
 @torch.no_grad()
@@ -189,9 +191,8 @@ class Trial:
 
     def __init__(self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool, macs: int):
         randomise(model)
-        example_inputs, self.tolerance = in_float64(model, example_inputs, forward_fn)
+        self.model, example_inputs, self.tolerance = in_float64(model, example_inputs, forward_fn, trains)
         self.pairs = min(max(1, int(MACS_OF_TRIALS // max(1, macs))), MOST_PAIRS)
-        self.model = model
         self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
 
     def objection(self, groups: Groups, mask: Tensor, trains: bool) -> str | None:

@@ -126,6 +126,7 @@ def _parts(leaf: Any) -> list[Any]:
         return list(leaf)
     if isinstance(leaf, (type, nn.Module)):
         return []
-    slots = [slot for cls in type(leaf).__mro__ for slot in _pytree.tree_leaves(vars(cls).get("__slots__", ()))]
+    declared = [vars(cls).get("__slots__", ()) for cls in type(leaf).__mro__]
+    slots = [slot for found in declared for slot in ([found] if isinstance(found, str) else found)]
     named = [getattr(leaf, slot) for slot in slots if not slot.startswith("__") and hasattr(leaf, slot)]
     return [*getattr(leaf, "__dict__", {}).values(), *named]

@@ -36,11 +36,11 @@ def test_hooks_and_attributes_of_parameters_go_on():
     weight, seen = model.one[0].weight, []
     handle = weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
     weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.shape))
-    weight.decays = False
+    weight.decays, weight.fisher = False, torch.ones_like(weight)
     train(model, optimizer, 60)
     optimizer.compress()
     new = model.one[0].weight
-    assert new is not weight and new.decays is False
+    assert new is not weight and new.decays is False and new.fisher.shape == new.shape
     seen.clear()
     for limited in (True, False):
         x, y = next(iter(batches(1)))
@@ -52,15 +52,16 @@ def test_hooks_and_attributes_of_parameters_go_on():
 
 
 class Inner(torch.optim.Optimizer):
-    """A base that hands its parameters to an optimizer of its own, as ZeroRedundancyOptimizer does."""
+    """A base that hands its parameters to optimizers of its own, as ZeroRedundancyOptimizer does."""
 
     def __init__(self, parameters, **options):
         parameters = list(parameters)
         super().__init__(parameters, options)
-        self.inner = torch.optim.SGD(parameters, **options)
+        self.chain = [torch.optim.SGD(parameters[:2], **options), torch.optim.SGD(parameters[2:], **options)]
 
     def step(self, closure=None):
-        return self.inner.step(closure)
+        for inner in self.chain:
+            inner.step()
 
 
 def test_an_optimizer_within_the_base_cannot_follow_and_nothing_is_changed():
@@ -72,6 +73,38 @@ def test_an_optimizer_within_the_base_cannot_follow_and_nothing_is_changed():
         optimizer.compress()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert difference(model.eval()(example()), optimizer.compress(inplace=False).eval()(example())) < 1e-5
+
+
+class Shares(torch.optim.Optimizer):
+    """A wrapper that shares its base's lists and has state of its own, as Lookahead does."""
+
+    def __init__(self, base: torch.optim.Optimizer):
+        super().__init__(base.param_groups, base.defaults)
+        self.base_optimizer, self.param_groups = base, base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.base_optimizer.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("slow", p.clone()).lerp_(p, 0.5)
+
+
+def test_a_wrapper_that_shares_its_lists_is_carried_over_with_all_state():
+    torch.manual_seed(0)
+    model = Residual()
+    base = Shares(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, streams=0)
+    train(model, optimizer, 20)
+    momentum = base.base_optimizer.state[model.fc.weight]["momentum_buffer"].clone()
+    kept = optimizer.plan.groups.sides["fc", False]
+    optimizer.compress()
+    mine = base.base_optimizer.state[model.fc.weight]["momentum_buffer"]
+    assert torch.equal(mine, momentum[:, optimizer.mask[kept]])
+    assert mine.shape == base.state[model.fc.weight]["slow"].shape == model.fc.weight.shape
+    before = [p.clone() for p in model.parameters()]
+    train(model, optimizer, 1)
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_a_traced_module_is_cut_saved_and_loaded(tmp_path):
@@ -157,14 +190,34 @@ def test_layers_that_the_example_inputs_do_not_reach_are_named():
         base = torch.optim.SGD(model.parameters(), lr=0.05)
         return ATO(base, model, example(), target_flops=0.5, total_steps=100, **options)
 
-    with pytest.warns(UserWarning, match=r"do not show what these layers read.*: second\. .*forward_fn"):
+    with pytest.warns(UserWarning, match=r"do not reach layers that are trained: second\. .*forward_fn"):
         report = build().report()
     reasons = {layer: reason for layers, reason in report.left_out for layer in layers}
-    assert "example_inputs" in reasons["second"]
+    assert reasons["second"] == "is not reached by example_inputs"
     optimizer = build(forward_fn=lambda model, x: (model(x), model(x, "second")))
-    assert "second" not in {
-        layer for layers, reason in optimizer.report().left_out for layer in layers if "not" in reason
-    }
+    left = [layer for layers, reason in optimizer.report().left_out for layer in layers if "reached" in reason]
+    assert not left
+
+
+@pytest.mark.filterwarnings("error:example_inputs")
+def test_layers_whose_gradients_stay_inside_are_no_reason_to_warn():
+    """The trial has run them."""
+
+    class Counts(Residual):
+        def __init__(self):
+            super().__init__()
+            self.count = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = torch.relu(x + self.norm(self.two(self.one(x))))
+            x = (self.wider(x) + self.short(x)).mean((2, 3))
+            self.chosen = self.count(x).argmax(1)
+            return self.fc(x)
+
+    _, optimizer = pruned(Counts())
+    left = {layer: reason for layers, reason in optimizer.report().left_out for layer in layers}
+    assert "its gradients stay inside" in left["count"]
 
 
 def test_what_was_replaced_since_the_cut_is_refused_by_both_sides(tmp_path):
@@ -182,6 +235,40 @@ def test_what_was_replaced_since_the_cut_is_refused_by_both_sides(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)do not fit dense_model.*fc\.bias"):
         load_pruned(dense, tmp_path / "other.pt")
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
+class Mixed(Residual):
+    """A tied weight, and weights that no cut touches."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied, self.aside = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.tied.weight = self.aside.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.aside(super().forward(x)))
+
+
+def test_a_loaded_network_keeps_dtype_ties_memory_format_and_what_was_not_cut(tmp_path):
+    small, _ = pruned(Mixed())
+    save_pruned(small, tmp_path / "small.pt")
+    dense = Mixed().double().to(memory_format=torch.channels_last)
+    weight = dense.tied.weight
+    loaded = load_pruned(dense, tmp_path / "small.pt")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+    assert loaded.tied.weight is loaded.aside.weight is weight
+    assert loaded.one[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(loaded.eval()(example().double()).float(), small.eval()(example()))
+
+
+def test_a_data_parallel_wrapper_is_refused_by_load(tmp_path, monkeypatch):
+    small, _ = pruned(Residual())
+    save_pruned(small, tmp_path / "small.pt")
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "__init__", nn.Module.__init__)
+    wrapped = nn.parallel.DistributedDataParallel()
+    wrapped.module = Residual()
+    with pytest.raises(ValueError, match="DistributedDataParallel.*load into its module"):
+        load_pruned(wrapped, tmp_path / "small.pt")
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])

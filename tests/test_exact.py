@@ -57,7 +57,7 @@ def test_zeroed_equals_masked_equals_removed(network, seed):
 def test_predicted_macs_are_measured_macs_on_torchvision(name):
     model = torchvision.models.get_model(name, weights=None).eval()
     x = torch.randn(1, 3, 64, 64)
-    groups = Discovery(copy.deepcopy(model), x).groups()
+    groups = Discovery(copy.deepcopy(model), x, call, [], [], {}).groups()
     cost = build_cost(model, groups, counted(model, x)[1])
     mask = random_mask(groups, 0)
     cut = derive_cut(model, groups, mask)

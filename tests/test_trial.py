@@ -111,9 +111,31 @@ class Insists(nn.Linear):
 def test_float64_where_the_model_runs_in_it(layer, doubled):
     model, x = nn.Sequential(layer(8, 16), nn.ReLU(), layer(16, 4)), torch.randn(2, 8)
     before = [p.clone() for p in model.parameters()]
-    inputs, tolerance = in_float64(model, x, lambda model, x: model(x))
+    tried, inputs, tolerance = in_float64(model, x, lambda model, x: model(x), trains=True)
     assert tolerance == (TOLERANCE if layer is nn.Linear else COARSE_TOLERANCE)
-    assert inputs.dtype == model[0].weight.dtype == (torch.float64 if doubled else torch.float32)
-    assert all(torch.equal(p.float(), q) for p, q in zip(model.parameters(), before, strict=True))
-    base = torch.optim.SGD(model.float().parameters(), lr=0.1)
+    assert inputs.dtype == tried[0].weight.dtype == (torch.float64 if doubled else torch.float32)
+    for network in (model, tried):
+        assert all(torch.equal(p.float(), q) for p, q in zip(network.parameters(), before, strict=True))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
     assert len(ATO(base, model, x, target_flops=0.6, total_steps=100).plan.groups.layers) == 1
+
+
+class InFloat32(Shifted):
+    """Fixes a dtype, always or in training alone, after it has assigned a buffer."""
+
+    def __init__(self, always: bool):
+        super().__init__()
+        self.always, self.empty = always, nn.Parameter(torch.empty(0, 4))
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = 0.9 * self.seen + 0.1 * x.detach().mean()
+        x = self.rest(torch.relu(self.b(torch.relu(self.a(x) * (1 + self.seen))))).mean((2, 3))
+        return self.fc(x.float() if self.training or self.always else x)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_what_will_not_run_in_float64_is_tried_as_it_is(always):
+    model = InFloat32(always)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert len(ATO(base, model, images(), target_flops=0.6, total_steps=100).plan.groups.layers) == 2
