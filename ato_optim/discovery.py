@@ -34,7 +34,7 @@ _UNSAFE = {
 }
 
 UNREACHED = "is not reached by example_inputs"
-_HIDDEN = "is not in the graph of the outputs: its gradients stay inside"
+_HIDDEN = "is not in the graph: its gradients stay inside, or its output is a view that is changed in place"
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,12 @@ class Discovery:
         ignored = {child for layer in ignored_layers for child in layer.modules()}
         self._find(Walker(traced.graph, _objection_to(traced.outputs, ignored)), set(frozen))
         self._refuse_conflicts()
-        self.left_out |= {
-            name: _HIDDEN if counts.get(name) else UNREACHED
-            for module, name in self._modules.items()
-            if has_width(module) and module.weight in self._names and module.weight not in traced.parameters
-        }
+        for module, name in self._modules.items():
+            if has_width(module) and module.weight in self._names and module not in traced.graph.module2node:
+                if counts.get(name):
+                    self.left_out[name] = _HIDDEN
+                elif module.weight not in traced.parameters:  # or it is a part of an attention, which reads the weight
+                    self.left_out[name] = UNREACHED
         self.left_out |= {name: reason for module, name in self._modules.items() if (reason := _unknown(module))}
 
     def _find(self, walker: Walker, frozen: set[Tensor]) -> None:

@@ -291,7 +291,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer = load("vgg11-"), load("epochs8-vgg11_bn-")
-    deeper = load("epochs4-resnet56-")
+    deeper, deeper_short = load("epochs16-resnet56-"), load("epochs4-resnet56-")
     vgg_ato = [run for run in vgg if run["arguments"]["method"] == "ato"]
     measured = load("run_cost")
     costs = {name: cost for made in measured for name, cost in made["runs"].items()}
@@ -315,8 +315,9 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "vgg removal": removal(vgg_ato, costs),
         "vgg commands": commands(vgg + floor + vgg_changed + vgg_longer),
         "deeper": comparison(deeper),
-        "deeper removal": removal([run for run in deeper if run["arguments"]["method"] == "ato"], costs),
-        "deeper commands": commands(deeper),
+        "deeper short": comparison(deeper_short),
+        "deeper removal": removal([run for run in deeper + deeper_short if run["arguments"]["method"] == "ato"], costs),
+        "deeper commands": commands(deeper + deeper_short),
         "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "step cost": step_cost(),
     }

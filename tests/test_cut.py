@@ -220,6 +220,27 @@ def test_layers_whose_gradients_stay_inside_are_no_reason_to_warn():
     assert "its gradients stay inside" in left["count"]
 
 
+class ReturnsView(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unsqueeze(1)
+
+
+def test_a_layer_that_the_graph_lost_is_named():
+    """An operation in place on a view gives it another node of autograd's graph."""
+
+    class InPlace(Residual):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = ReturnsView(5, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.hidden(super().forward(x)).relu_().squeeze(1))
+
+    _, optimizer = pruned(InPlace())
+    left = {layer: reason for layers, reason in optimizer.report().left_out for layer in layers}
+    assert "a view that is changed in place" in left["hidden"]
+
+
 def test_what_was_replaced_since_the_cut_is_refused_by_both_sides(tmp_path):
     small, _ = pruned(Residual())
     save_pruned(small, tmp_path / "small.pt")
