@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from .base import with_inner
 from .graph import grouped
 from .groups import Groups
 from .unwrap import skeleton
@@ -239,23 +239,13 @@ def compose(first: Cut, second: Cut) -> Cut:
     return Cut(kept, attributes, first.dense, first.modules)
 
 
-def _with_inner(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """`optimizer` and those that it holds, as Lookahead and ZeroRedundancyOptimizer do."""
-    found = [optimizer]
-    for one in found:
-        held = {key: value for key, value in vars(one).items() if key not in ("state", "param_groups")}
-        inner = [leaf for leaf in _pytree.tree_leaves(held) if isinstance(leaf, torch.optim.Optimizer)]
-        found += [other for other in inner if all(other is not known for known in found)]
-    return found
-
-
 def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
     """Raise ValueError if `optimizer` holds what cannot be cut.
 
     That is an optimizer with lists of parameters of its own, and state that is a vector over all parameters, as LBFGS
     has.
     """
-    for inner in _with_inner(optimizer):
+    for inner in with_inner(optimizer):
         if inner.param_groups is not optimizer.param_groups:
             raise ValueError(
                 f"base_optimizer ({type(optimizer).__name__}) holds another optimizer ({type(inner).__name__}), whose "
@@ -292,7 +282,7 @@ def carry_state(
     """
     for group in optimizer.param_groups:
         group["params"][:] = [replaced.get(p, p) for p in group["params"]]
-    for state_of in [one.state for one in _with_inner(optimizer)]:
+    for state_of in [one.state for one in with_inner(optimizer)]:
         for old, new in replaced.items():
             state = state_of.pop(old, None)
             if state is not None:

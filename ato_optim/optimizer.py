@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, resume
+from .base import option
 from .budget import least_mask, minimum_widths
 from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
@@ -259,7 +260,7 @@ class ATO(torch.optim.Optimizer):
     def _controller_turn(self, search: Search, turn: Masking) -> None:
         """Learn from the gradients that the user's backward through the masked network left."""
         turn.undo()
-        ascending = {name for name, maximize in self._option("maximize").items() if maximize}
+        ascending = {name for name, maximize in option(self.base, self.model, "maximize").items() if maximize}
         gradient = gate_gradient(self.model, turn.table, len(self.mask), ascending)
         search.learn(self.step_count, gradient, self.schedule.budget(self.step_count, self.target_flops))
         self._set_mask(search.proposal(), self.step_count)
@@ -279,18 +280,13 @@ class ATO(torch.optim.Optimizer):
         else:
             of_entries = torch._foreach_mul(parameters, parameters)
             squares = producers.sum(of_entries, len(self.mask))
-            rates = self._option("lr")
+            rates = option(self.base, self.model, "lr")
             rated = torch._foreach_mul(of_entries, [float(rates[name]) for name in producers.names])
             moved = producers.sum(rated, len(self.mask))
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
             threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, squares) * shares
             factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
         producers.scale(parameters, torch.where(self.mask, 1.0, factor))
-
-    def _option(self, key: str) -> dict[str, Any]:
-        """What the base optimizer's groups say for `key`, by the names of the model's parameters."""
-        value_of = {id(p): group.get(key) for group in self.param_groups for p in group["params"]}
-        return {name: value_of[id(p)] for name, p in self.model.named_parameters() if id(p) in value_of}
 
     def _set_mask(self, mask: Tensor, step: int) -> None:
         self.mask = mask
@@ -317,8 +313,8 @@ class ATO(torch.optim.Optimizer):
 
         Raises:
             ValueError: before the masked channels are zero, saying how many steps are missing; if they are not
-                zero any more; if `model` is another architecture; or in place, if its parameters cannot be
-                replaced (fully_shard). Nothing is changed then.
+                zero any more; if `model` is another architecture, or cannot be copied; or in place, if its parameters
+                cannot be replaced (fully_shard), or what `base_optimizer` holds cannot follow. Nothing is changed then.
         """
         own = model is None or unwrap(model) is self.model
         if own and inplace:

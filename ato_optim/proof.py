@@ -19,7 +19,7 @@ from .groups import Groups, LayerGroup
 from .unwrap import copy_model, sharing_copy, tensors_in
 
 TOLERANCE = 1e-8
-"""Largest difference of an output, relative to its largest value, where the trial runs in float64 throughout."""
+"""Largest difference of outputs, relative to the largest of all, where the trial runs in float64 throughout."""
 COARSE_TOLERANCE = 1e-4
 """The same where the model insists on a lower precision."""
 MACS_OF_TRIALS = 5e9

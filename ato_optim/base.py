@@ -1,0 +1,25 @@
+"""The base optimizer: what its groups say of the model's parameters, and the optimizers within it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils import _pytree
+
+
+def option(base: Optimizer, model: nn.Module, key: str) -> dict[str, Any]:
+    """What the groups of `base` say for `key` (lr, maximize ...), by the names of the parameters of `model`."""
+    value_of = {id(p): group.get(key) for group in base.param_groups for p in group["params"]}
+    return {name: value_of[id(p)] for name, p in model.named_parameters() if id(p) in value_of}
+
+
+def with_inner(base: Optimizer) -> list[Optimizer]:
+    """`base` and the optimizers that it holds, as Lookahead and ZeroRedundancyOptimizer do."""
+    found = [base]
+    for one in found:
+        held = {key: value for key, value in vars(one).items() if key not in ("state", "param_groups")}
+        inner = [leaf for leaf in _pytree.tree_leaves(held) if isinstance(leaf, Optimizer)]
+        found += [other for other in inner if all(other is not known for known in found)]
+    return found
