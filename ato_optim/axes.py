@@ -34,6 +34,8 @@ def mover(kind: OPTYPE, grad_fn: Any, place: int, forward: bool) -> Move:
         place: for a concat the number of the input, for a split that of the output.
     """
     if kind == OPTYPE.RESHAPE:
+        if not hasattr(grad_fn, "_saved_self_sym_sizes"):  # a view of another kind: of complex numbers as real ones
+            raise MixedError(grad_fn.name())
         sides = tuple(grad_fn._saved_self_sym_sizes), _shape(grad_fn)
         before, after = sides if forward else sides[::-1]
         return partial(reshape, before=before, after=after)

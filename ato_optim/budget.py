@@ -13,7 +13,7 @@ def minimum_widths(sizes: Tensor, min_width: Tensor | float, lots: Tensor | int)
 
     `min_width` is that share, for all or for each (layers,).
     """
-    least = (sizes * min_width).ceil().long().clamp_min(1)
+    least = (sizes.double() * min_width - 1e-6).ceil().long().clamp_min(1)  # 0.3 of 50 is 15, also in binary
     return torch.minimum((least + lots - 1) // lots * lots, sizes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .compress import CUT, Cut, apply_cut
+from .compress import Cut, apply_cut, cut_of
 from .unwrap import copy_model, unwrap, wrappers
 
 FORMAT = "ato_optim.pruned"
@@ -27,8 +27,8 @@ def save_pruned(model: nn.Module, path: File) -> None:
         ValueError: if `model` was not compressed by ATO, or a layer of it was replaced since.
     """
     model = unwrap(model)
-    cut = getattr(model, CUT, None)
-    if not isinstance(cut, Cut):
+    cut = cut_of(model)
+    if cut is None:
         raise ValueError(
             f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense model"
         )
@@ -66,6 +66,10 @@ def load_pruned(dense_model: Model, path: File, map_location: torch.device | str
         raise ValueError(
             "dense_model is wrapped in a DistributedDataParallel, which would not average the gradients of the smaller "
             "parameters: load into its module, and wrap that"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "dense_model is on the meta device and holds no weights: dense_model.to_empty(device='cpu') first"
         )
     trial = copy_model(model)
     apply_cut(cut, trial)

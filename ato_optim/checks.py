@@ -118,8 +118,8 @@ def arguments(
 
 
 def _reals(values: Any, length: int) -> bool:
-    """Whether `values` is a sequence of `length` numbers."""
-    return isinstance(values, Sequence) and len(values) == length and all(isinstance(v, Real) for v in values)
+    """Whether `values` are `length` numbers."""
+    return hasattr(values, "__len__") and len(values) == length and all(isinstance(v, Real) for v in values)
 
 
 def end(zero: int, total_steps: int, phases: Sequence[float]) -> None:
@@ -198,30 +198,69 @@ def turns(schedule: Schedule) -> None:
 
 
 def learning(step: int, last_turn: int, schedule: Schedule) -> None:
-    """Warn, once, if the search has gone on for PATIENCE turns, or ends at `step`, and no turn came."""
-    noticed = min(schedule.search + PATIENCE * schedule.interval, schedule.commit)
-    if last_turn < 0 and step == noticed and schedule.commit - schedule.search > schedule.interval:
+    """Warn if at `step`, in the search, PATIENCE turns in a row did not come, or the search ends without any."""
+    since = max(last_turn, schedule.search)
+    noticed = since + PATIENCE * schedule.interval
+    never = last_turn < 0 and step == schedule.commit < noticed and step - since > schedule.interval
+    if never or step == noticed <= schedule.commit:
         warnings.warn(
-            f"ATO has seen no training forward of its model since step {schedule.search}, when the search began: the "
-            "controller learns nothing, and the channels to keep are a guess. Call the model itself, in training mode "
-            "and with gradients, in each step; if your loop calls parts of it, pass as model a torch.nn.Module whose "
-            "forward does what the loop does",
+            f"ATO has seen no training forward of its model since step {since}, and searches: the controller learns "
+            "nothing, and the channels to keep are a guess. Call the model itself, in training mode (model.train() "
+            "after each evaluation) and with gradients, in each step; if your loop calls parts of it, pass as model a "
+            "torch.nn.Module whose forward does what the loop does",
             stacklevel=5,
         )
 
 
-def zeroed(step: int, schedule: Schedule, zero: bool) -> None:
-    """Masked channels are due to be zero at `step`, and are."""
+def trained(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn of parameters `names` of prunable layers that are frozen by now."""
+    frozen = [name for name in dict.fromkeys(names) if not model.get_parameter(name).requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{', '.join(frozen)} no longer require gradients, but belong to layers that are being pruned: the "
+            "controller learns nothing from them, and what is masked goes all the same. Freeze layers before ATO is "
+            "built, which leaves them whole, or name them in ignored_layers",
+            stacklevel=6,
+        )
+
+
+def finite(gate_gradient: torch.Tensor, step: int) -> bool:
+    """Whether the controller can learn from `gate_gradient` (gates,); a warning if not."""
+    if gate_gradient.isfinite().all():
+        return True
+    warnings.warn(
+        f"gradients at step {step} are not finite: the controller learns nothing from this turn. If it comes again, "
+        "lower the learning rate, or clip",
+        stacklevel=6,
+    )
+    return False
+
+
+def rates(base: torch.optim.Optimizer, projection: str) -> None:
+    """The base optimizer says with which learning rate the paper's pulls are to go."""
+    for k, group in enumerate(base.param_groups):
+        if projection != "timed" and group.get("lr") is None:
+            raise ValueError(
+                f"projection={projection!r} pulls by the learning rate, and group {k} of base_optimizer "
+                f"({type(base).__name__}) has none: projection='timed' does without"
+            )
+
+
+def zeroed(step: int, schedule: Schedule, left: float) -> None:
+    """Masked channels are due to be zero at `step`, and are: `left`, the largest size of their sums, is 0."""
     if step < schedule.zero:
         raise ValueError(
             f"compress() came {schedule.zero - step} step(s) too early: step {step} of total_steps="
             f"{schedule.total_steps}, masked channels are zero from step {schedule.zero} on; train on, or give a "
             "smaller total_steps to ATO if the run is shorter"
         )
-    if not zero:
+    if not math.isfinite(left):
+        raise ValueError("model has weights that are not finite: it has diverged; go back to an earlier checkpoint")
+    if left:
         raise ValueError(
-            "model holds masked channels that are not zero: its weights were loaded or changed since the last step(); "
-            "load those of the same time as the optimizer's, or take one more step"
+            "model holds masked channels that are not zero: its weights were loaded or changed since the last step(). "
+            f"Load those of the same time as the optimizer's; weights from before step {schedule.zero} hold channels "
+            "that were to go, and cannot be cut"
         )
 
 

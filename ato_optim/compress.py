@@ -7,7 +7,7 @@ an averaged copy, a fresh dense model that a file is loaded into, and the optimi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .unwrap import skeleton
 
 PLAIN = (bool, int, float, str, type(None))
 CUT = "ato_cut"
-"""Attribute of a pruned network's root module that holds its cut."""
+"""Attribute of a pruned network's root module that holds its cut, as a dict."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _successor(old: nn.Parameter, data: Tensor, dims: dict[int, list[int]]) -> n
     """A parameter with `data`, the rest of `old`'s gradient, and all that others have put on `old`."""
     new = nn.Parameter(data, requires_grad=old.requires_grad)
     if old.grad is not None:
-        new.grad = select(old.grad, dims)
+        new.grad, old.grad = select(old.grad, dims), None
     for key, value in vars(old).items():
         alike = isinstance(value, Tensor) and value.shape == old.shape
         setattr(new, key, select(value, dims) if alike else value)
@@ -222,9 +222,16 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     for name, values in cut.attributes.items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, value)
-    earlier = getattr(model, CUT, None)
-    setattr(model, CUT, cut if earlier is None else compose(earlier, cut))
+    earlier = cut_of(model)
+    # Plain data: a model that is pickled whole can be loaded where this package is not.
+    setattr(model, CUT, asdict(cut if earlier is None else compose(earlier, cut)))
     return replaced
+
+
+def cut_of(model: nn.Module) -> Cut | None:
+    """What was cut from the dense network that `model` once was; None if nothing."""
+    cut = getattr(model, CUT, None)
+    return None if cut is None else Cut(**cut)
 
 
 def compose(first: Cut, second: Cut) -> Cut:

@@ -27,19 +27,23 @@ class Controller(nn.Module):
 
     Args:
         layer_of_gate: (gates,) int64, the layer group of each gate.
-        seed: of the initial weights. The global random state is left as it was.
+        seed: of the initial weights. Global random states are not touched.
     """
 
     def __init__(self, layer_of_gate: Tensor, seed: int):
         super().__init__()
         num_layers = int(layer_of_gate.max()) + 1
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
-            embedding = torch.empty(num_layers, EMBEDDING, dtype=torch.float32)
-            nn.init.orthogonal_(embedding)
-            self.gru = nn.GRU(EMBEDDING, HIDDEN, bidirectional=True, dtype=torch.float32)
-            head = torch.empty(len(layer_of_gate), 2 * HIDDEN, dtype=torch.float32)
-            nn.init.kaiming_uniform_(head, a=math.sqrt(5))
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        embedding = torch.empty(num_layers, EMBEDDING, dtype=torch.float32)
+        nn.init.orthogonal_(embedding, generator=generator)
+        # Without data first: an nn.GRU draws its weights from the global generator.
+        self.gru = nn.GRU(EMBEDDING, HIDDEN, bidirectional=True, dtype=torch.float32, device="meta").to_empty(
+            device="cpu"
+        )
+        for parameter in self.gru.parameters():
+            nn.init.uniform_(parameter, -(HIDDEN**-0.5), HIDDEN**-0.5, generator=generator)
+        head = torch.empty(len(layer_of_gate), 2 * HIDDEN, dtype=torch.float32)
+        nn.init.kaiming_uniform_(head, a=math.sqrt(5), generator=generator)
         self.norm = nn.LayerNorm(2 * HIDDEN, dtype=torch.float32)
         self.head = nn.Parameter(head)
         self.embedding: Tensor

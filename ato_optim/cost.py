@@ -1,25 +1,47 @@
 """MACs of the physically pruned network as an exact, differentiable function of the gates.
 
-    MACs(w) = c_0 + sum over layers l of u_l * kept_in_l(w) * kept_out_l(w)
+    MACs(w) = c_0 + sum over layers l of u_l * kept_in_l(w) * kept_out_l(w) + sum over layer groups j of s_j * open_j(w)
 
-with u_l the MACs of layer l per pair of input and output channel, c_0 whatever no gate changes, and kept
-counts linear in w. The yardstick is torch's FlopCounterMode at two FLOPs a MAC. Counts are float64, which
-holds them to the unit up to 2^53.
+with u_l the MACs of layer l per pair of input and output channel, s_j those of products of activations (the heads of an
+attention) per gate, c_0 whatever no gate changes, and kept counts linear in w. The yardstick is torch's FlopCounterMode
+at two FLOPs a MAC. Counts are float64, which holds them to the unit up to 2^53.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .graph import ForwardFn, call, grouped
 from .groups import GateTable, Groups
+from .threads import one_at_a_time
 
 
+def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of a fused attention from the shapes of its arguments."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _recurrent_flop(inputs: Any, matrices: Sequence[Any]) -> int:
+    """FLOPs of a fused recurrent layer from shapes: each matrix meets each vector of the sequence, or its state."""
+    return int(2 * math.prod(inputs[:-1]) * sum(math.prod(shape) for shape in matrices if len(shape) == 2))
+
+
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, *arguments, **_: _recurrent_flop(x, arguments[:2]),
+    torch.ops.aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent_flop(x, weights),
+}
+"""Fused operations that FlopCounterMode takes for free: a model's MACs shall not depend on device and dtype."""
+
+
+@one_at_a_time
 def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call) -> tuple[Any, dict[str, int]]:
     """The outputs of one forward in eval mode, and its MACs by module name; the empty name has the total.
 
@@ -33,7 +55,7 @@ def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
 
             def begin(module: nn.Module, _: Any) -> None:
                 counts[names[module]] -= counter.get_total_flops() // 2
@@ -90,6 +112,15 @@ class Kept:
     def __call__(self, gates: Tensor) -> Tensor:
         return self.fixed.index_add(0, self.layer, gates[self.gate])
 
+    def extended(self, fixed: float, gates: Tensor) -> Kept:
+        """The same with one layer more, which keeps `fixed` channels and those of `gates` (k,) int64."""
+        layer = torch.full_like(gates, len(self.fixed))
+        return Kept(
+            torch.cat([self.fixed, self.fixed.new_tensor([fixed])]),
+            torch.cat([self.layer, layer]),
+            torch.cat([self.gate, gates]),
+        )
+
     def to(self, device: torch.device) -> Kept:
         return Kept(self.fixed.to(device), self.layer.to(device), self.gate.to(device))
 
@@ -135,8 +166,13 @@ def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], t
     return Kept(fixed, torch.cat([empty, *layers]), torch.cat([empty, *gates]))
 
 
-def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> CostModel:
-    """The cost model of `model` under `groups`, from its own `counts` (see counted, count_weights)."""
+def build_cost(
+    model: nn.Module, groups: Groups, counts: dict[str, int], slopes: Mapping[str, float] | None = None
+) -> CostModel:
+    """The cost model of `model` under `groups`, from its own `counts` (see counted, count_weights).
+
+    `slopes` are what a gate costs outside of layers, by the roots of layer groups; where it is missing, nothing.
+    """
     # One entry a weight: layers that share a weight share its widths, and their MACs add up.
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     index: dict[str, int] = {}
@@ -160,10 +196,13 @@ def build_cost(model: nn.Module, groups: Groups, counts: dict[str, int]) -> Cost
                 slots[side][weight, dim] = index[weight]
         units[index[weight]] += counts[name] / (sizes[0] * sizes[1])
         rest -= counts[name]
-    return CostModel(
-        float(rest),
-        torch.tensor(units, dtype=torch.float64),
-        _kept(groups.consumers, groups.num_gates, slots[0], totals[0]),
-        _kept(groups.producers, groups.num_gates, slots[1], totals[1]),
-        groups.num_gates,
-    )
+    inputs = _kept(groups.consumers, groups.num_gates, slots[0], totals[0])
+    outputs = _kept(groups.producers, groups.num_gates, slots[1], totals[1])
+    sloping = [(slopes[layer.root], layer) for layer in groups.layers if slopes and layer.root in slopes]
+    for slope, layer in sloping:  # one more layer, of one input
+        gates = torch.arange(layer.start, layer.start + layer.size)
+        outputs = outputs.extended(0.0, gates)
+        inputs = inputs.extended(1.0, gates[:0])
+        units.append(slope)
+    constant = rest - sum(slope * layer.size for slope, layer in sloping)
+    return CostModel(float(constant), torch.tensor(units, dtype=torch.float64), inputs, outputs, groups.num_gates)

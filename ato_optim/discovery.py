@@ -33,6 +33,9 @@ _UNSAFE = {
     OPTYPE.OUTPUT: "is an output of the model",
 }
 
+# What torch-pruning takes a module for that it knows nothing of, and one that is nowhere pruned.
+_UNTOLD = (OPTYPE.ELEMENTWISE, OPTYPE.LSTM)
+
 UNREACHED = "is not reached by example_inputs"
 _HIDDEN = "is not in the graph: its gradients stay inside, or its output is a view that is changed in place"
 
@@ -148,7 +151,7 @@ def _reason_against(roles: list[Role], names: Mapping[Tensor, str], frozen: set[
 def _unknown(module: nn.Module) -> str | None:
     """Why no walk begins or ends at a layer with weights of a kind that torch-pruning does not tell apart."""
     leaf = next(module.children(), None) is None
-    if leaf and any(p.ndim > 1 for p in module.parameters()) and tp.ops.module2type(module) == OPTYPE.ELEMENTWISE:
+    if leaf and any(p.ndim > 1 for p in module.parameters()) and tp.ops.module2type(module) in _UNTOLD:
         return f"is a {type(module).__name__}: convolutions and linear layers of torch.nn are what is pruned"
     return None
 

@@ -8,7 +8,9 @@ autograd's version counters; between the two they are what they were.
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -75,17 +77,22 @@ class Masking:
 
 
 @torch.no_grad()
-def gate_gradient(model: nn.Module, table: GateTable, num_gates: int, ascending: Collection[str] = ()) -> Tensor:
-    """dL/dw (gates,) float32, from the unmasked weights and the gradients of a masked forward and backward.
+def gate_gradient(model: nn.Module, table: GateTable, gates: Tensor, ascending: Collection[str] = ()) -> Tensor:
+    """dL/dw (gates,) float32, from the unmasked weights and the gradients of a forward and backward masked by `gates`.
 
     Parameters named in `ascending` are trained to make what was differentiated larger: the loss is its negative.
     """
+    times, parts = Counter(table.names), table.split(gates)
     products = []
-    for name in table.names:
+    for k, name in enumerate(table.names):
         parameter = model.get_parameter(name)
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        products.append(parameter * (-gradient if name in ascending else gradient))
-    return table.sum(products, num_gates).float()
+        product = (parameter * (-gradient if name in ascending else gradient).conj()).real
+        if times[name] > 1:  # a weight that is read along both dimensions was masked along the other, too
+            others = (part for j, part in enumerate(parts) if j != k and table.names[j] == name)
+            product = math.prod((like(part, product) for part in others), start=product)
+        products.append(product)
+    return table.sum(products, len(gates)).float()
 
 
 def masked_closure(closure: Callable[[], Any], turn: Masking) -> Callable[[], Any]:
@@ -151,6 +158,11 @@ class TurnHooks:
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any) -> None:
         self._recover()
+        if getattr(module, "_is_replica", False) and torch.is_grad_enabled():
+            raise RuntimeError(
+                "model is replicated by torch.nn.DataParallel, whose copies cannot be masked in a controller turn: use "
+                "DistributedDataParallel, or one device"
+            )
         request = self._request() if self._request is not None else None
         if request is None or not module.training or not torch.is_grad_enabled():
             return

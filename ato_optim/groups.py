@@ -85,11 +85,14 @@ class GateTable:
         return values.new_zeros(gates + 1).index_add_(0, self.gate, values)[:-1]
 
     @torch.no_grad()
-    def closed_are_zero(self, model: nn.Module, mask: Tensor) -> bool:
-        """Whether all entries of the gates that `mask` (gates,) bool closes are exactly zero in `model`."""
-        if not self.names:
-            return True
-        return not bool(self.sum([p.abs() for p in self.parameters(model)], len(mask))[~mask].any())
+    def largest_closed(self, model: nn.Module, mask: Tensor) -> float:
+        """How much `model` holds of a gate that `mask` (gates,) bool closes: the largest sum of absolute entries.
+
+        NaN if there is one among the entries.
+        """
+        if not self.names or mask.all():
+            return 0.0
+        return self.sum([p.abs() for p in self.parameters(model)], len(mask))[~mask].max().item()
 
     def to(self, device: torch.device) -> GateTable:
         return GateTable(self.names, self.dims, self.ndims, self.sizes, self.gate.to(device))

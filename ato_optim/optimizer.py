@@ -107,8 +107,9 @@ class ATO(torch.optim.Optimizer):
         self.target_flops, self.total_steps = float(target_flops), int(total_steps)
         self.projection, self.penalty, self.epsilon = projection, penalty, epsilon
         self.round_to = int(round_to)
-        self.schedule = Schedule.over(self.total_steps, tuple(phases), pull_time, interval)
+        self.schedule = Schedule.over(self.total_steps, tuple(phases), float(pull_time), interval and int(interval))
         checks.end(self.schedule.zero, self.total_steps, phases)
+        checks.rates(base_optimizer, projection)
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
         ignored = checks.modules(root, ignored_layers)
         self.plan = plan = make_plan(root, example_inputs, forward_fn or call, ignored, trained)
@@ -123,10 +124,8 @@ class ATO(torch.optim.Optimizer):
         if self.target_flops < 1:
             checks.turns(self.schedule)
             checks.reached(plan, root, trained)
-            lr = controller_lr or self.schedule.controller_lr
-            self.search = Search(
-                plan, self.least, self.target_flops, gamma, beta, lr, controller_weight_decay, int(seed)
-            )
+            lr, decay = float(controller_lr or self.schedule.controller_lr), float(controller_weight_decay)
+            self.search = Search(plan, self.least, self.target_flops, gamma, beta, lr, decay, int(seed))
         self.step_count, self.last_turn = 0, -1
         self.history: list[tuple[int, float]] = []
         self.cut: Cut | None = None
@@ -260,9 +259,11 @@ class ATO(torch.optim.Optimizer):
     def _controller_turn(self, search: Search, turn: Masking) -> None:
         """Learn from the gradients that the user's backward through the masked network left."""
         turn.undo()
+        checks.trained(self.model, (*turn.table.names, *self.plan.groups.producers.names))
         ascending = {name for name, maximize in option(self.base, self.model, "maximize").items() if maximize}
-        gradient = gate_gradient(self.model, turn.table, len(self.mask), ascending)
-        search.learn(self.step_count, gradient, self.schedule.budget(self.step_count, self.target_flops))
+        gradient = gate_gradient(self.model, turn.table, turn.gates, ascending)
+        if checks.finite(gradient, self.step_count):
+            search.learn(self.step_count, gradient, self.schedule.budget(self.step_count, self.target_flops))
         self._set_mask(search.proposal(), self.step_count)
         self.last_turn = self.step_count
 
@@ -274,11 +275,11 @@ class ATO(torch.optim.Optimizer):
         left = self.schedule.steps_left(step)
         producers = self.plan.groups.producers
         parameters = producers.parameters(self.model)
-        factor: Tensor | float
-        if self.projection == "timed" or left <= 1:
-            factor = timed(left)
+        if self.projection == "timed" or step >= self.schedule.zero:
+            factor = torch.tensor(timed(left), dtype=torch.float32)
         else:
-            of_entries = torch._foreach_mul(parameters, parameters)
+            sizes = torch._foreach_abs(parameters)
+            of_entries = torch._foreach_mul(sizes, sizes)
             squares = producers.sum(of_entries, len(self.mask))
             rates = option(self.base, self.model, "lr")
             rated = torch._foreach_mul(of_entries, [float(rates[name]) for name in producers.names])
@@ -320,8 +321,8 @@ class ATO(torch.optim.Optimizer):
         if own and inplace:
             checks.replaceable(self.model)
         if self.target_flops < 1 and self.cut is None:
-            zero = not own or self.plan.groups.producers.closed_are_zero(self.model, self.mask)
-            checks.zeroed(self.step_count, self.schedule, zero)
+            left = self.plan.groups.producers.largest_closed(self.model, self.mask) if own else 0.0
+            checks.zeroed(self.step_count, self.schedule, left)
         cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask)
         target = self.model if model is None else unwrap(model)
         if own and inplace:

@@ -14,8 +14,9 @@ from .cost import CostModel, build_cost, count_weights, counted
 from .discovery import Discovery
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .proof import Trial, wandering_layer
+from .proof import Trial, forked_rng, wandering_layer
 from .report import Width
+from .threads import one_at_a_time
 from .unwrap import copy_model
 
 
@@ -47,7 +48,8 @@ class Plan:
 
     def share(self, mask: Tensor) -> float:
         """Share of the dense MACs with the gates that are True in `mask` (gates,) open."""
-        return self.cost(mask).item() / self.cost.dense
+        dense = self.cost.dense
+        return self.cost(mask).item() / dense if dense else 1.0
 
     def count_parameters(self, mask: Tensor) -> int:
         """Entries of all parameters when the gates (gates,) that are False in `mask` are removed."""
@@ -79,8 +81,8 @@ class Plan:
         the dense MACs when all other layer groups are at `min_width`.
         """
         lots = self.lots(round_to)
-        for width in torch.linspace(1, min_width, 101).tolist():
-            least = minimum_widths(self.sizes, torch.where(self.summed, width, min_width), lots)
+        for width in torch.linspace(1, min_width, 101, dtype=torch.float64).tolist():
+            least = minimum_widths(self.sizes, min_width + (width - min_width) * self.summed.double(), lots)
             if self.share(least_mask(self.layer_of_gate, least)) <= limit:
                 break
         return least
@@ -102,6 +104,7 @@ class Plan:
         }
 
 
+@one_at_a_time
 def make_plan(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, ignored: list[nn.Module], trained: set[Any]
 ) -> Plan:
@@ -113,7 +116,7 @@ def make_plan(
         ValueError: if the model refuses the example inputs, or torch-pruning the model.
     """
     device = next(model.parameters()).device
-    with torch.random.fork_rng():
+    with forked_rng(device):
         copied = copy_model(model)
         try:
             _, counts = counted(copied, example_inputs, forward_fn)
@@ -143,7 +146,7 @@ def make_plan(
         while failed := trial.failures(groups):
             found.refuse(failed)
             groups = found.groups()
-        cost = build_cost(copied, groups, counts)
+        cost = build_cost(copied, groups, counts, trial.slopes)
         capacity = build_cost(copied, groups, count_weights(copied))
     layer_of_gate = groups.layer_of_gate()
     return Plan(

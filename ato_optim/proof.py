@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,14 @@ COARSE_TOLERANCE = 1e-4
 MACS_OF_TRIALS = 5e9
 """Pairs of trials are as many as forwards that cost this together, from one to MOST_PAIRS."""
 MOST_PAIRS = 3
+
+
+_UNPREDICTED = "its share of the MACs cannot be predicted"
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which the random states of the CPU and of `device` are what they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @torch.no_grad()
@@ -187,6 +196,9 @@ class Trial:
         model: a copy, which is changed.
         trains: whether the model runs on the example inputs in training mode.
         macs: of a forward; a cheap one is tried more often.
+
+    Attributes:
+        slopes: MACs of a gate outside of layers, by the root of its layer group, as far as trials have met some.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool, macs: int):
@@ -194,6 +206,8 @@ class Trial:
         self.model, example_inputs, self.tolerance = in_float64(model, example_inputs, forward_fn, trains)
         self.pairs = min(max(1, int(MACS_OF_TRIALS // max(1, macs))), MOST_PAIRS)
         self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
+        self.device = next(model.parameters()).device
+        self.slopes: dict[str, float] = {}
 
     def objection(self, groups: Groups, mask: Tensor, trains: bool) -> str | None:
         """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does.
@@ -201,24 +215,21 @@ class Trial:
         `trains` asks for a forward in training mode as well.
         """
         try:
-            pruned = sharing_copy(self.model)
-            apply_cut(derive_cut(pruned, groups, mask), pruned)
-            torch.manual_seed(0)  # of a model that samples
-            found, counts = counted(pruned, self.inputs, self.forward_fn)
+            pruned, found, counts = self._cut(groups, mask)
         except Exception as error:  # whatever the cut model raises is a reason to leave the group alone
             return f"cannot go: the forward fails without it ({type(error).__name__}: {_first_line(error)})"
         restore = zero_producers(self.model, groups, mask)
         try:
-            torch.manual_seed(0)
-            expected, dense_counts = counted(self.model, self.inputs, self.forward_fn)
+            with forked_rng(self.device):
+                expected, dense_counts = counted(self.model, self.inputs, self.forward_fn)
         finally:
             restore()
         apart = difference(expected, found)
-        predicted = build_cost(self.model, groups, dense_counts)(mask).item()
+        predicted = build_cost(self.model, groups, dense_counts, self.slopes)(mask).item()
         if not apart <= self.tolerance:
             return f"its removal would change the output by {apart:.0e} of the largest value"
         if counts[""] != predicted:
-            return "its share of the MACs cannot be predicted"
+            return _UNPREDICTED
         if trains:
             try:
                 with torch.no_grad():
@@ -226,6 +237,23 @@ class Trial:
             except Exception:
                 return "is read by a layer that runs in training mode only"
         return None
+
+    def _cut(self, groups: Groups, mask: Tensor) -> tuple[nn.Module, Any, dict[str, int]]:
+        """A copy without the gates that `mask` (gates,) bool closes, its outputs and its MACs."""
+        pruned = sharing_copy(self.model)
+        apply_cut(derive_cut(pruned, groups, mask), pruned)
+        with forked_rng(self.device):  # a model that samples draws the same again
+            return pruned, *counted(pruned, self.inputs, self.forward_fn)
+
+    def _learn_slope(self, groups: Groups, layer: LayerGroup, mask: Tensor) -> None:
+        """Take what `mask` (gates,) bool, closed in `layer` alone, saves outside of layers for linear in its gates.
+
+        The other trials say whether it is.
+        """
+        _, dense = counted(self.model, self.inputs, self.forward_fn)
+        *_, counts = self._cut(groups, mask)
+        saved = build_cost(self.model, groups, dense)(mask).item() - counts[""]
+        self.slopes[layer.root] = saved / int((~mask).sum())
 
     def failures(self, groups: Groups) -> dict[str, str]:
         """Root layers of groups that fail, with the reason; none only if all groups pass together."""
@@ -239,15 +267,22 @@ class Trial:
 
     def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], trial: int) -> dict[str, str]:
         """Which of the `chosen` groups fail: found by halving, all of them if they fail together alone."""
+        if not chosen:
+            return {}
         trains = self.trains and trial == 0  # what training alone runs does not fit after any cut
-        reason = self.objection(groups, _halves(groups, chosen, trial // 2)[trial % 2], trains) if chosen else None
+        mask = _halves(groups, chosen, trial // 2)[trial % 2]
+        reason = self.objection(groups, mask, trains)
         if reason is None:
             return {}
         found: dict[str, str] = {}
         middle = len(chosen) // 2
         for part in (chosen[:middle], chosen[middle:]) if middle else ():
             found |= self._culprits(groups, part, trial)
-        return found or {layer.root: reason for layer in chosen}
+        if reason == _UNPREDICTED and not found:
+            if len(chosen) == 1 and chosen[0].root not in self.slopes:
+                self._learn_slope(groups, chosen[0], mask)
+            reason = self.objection(groups, mask, trains)
+        return found or ({layer.root: reason for layer in chosen} if reason else {})
 
 
 def _first_line(error: Exception) -> str:

@@ -63,7 +63,7 @@ class Report:
 
     def __str__(self) -> str:
         gates = sum(width.before for width in self.widths)
-        macs, parameters = self.macs_after / self.macs_before, self.parameters_after / self.parameters_before
+        macs, parameters = self.macs_after / max(1, self.macs_before), self.parameters_after / self.parameters_before
         rows = [
             f"step {self.step} of {self.total_steps}, phase {self.phase}",
             f"{len(self.widths)} prunable groups of layers with {gates:,} channels; "

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree
 
 from .sharding import is_sharded, unsharded
+from .threads import one_at_a_time
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,6 +64,7 @@ def _refuse_stale_wrapper(module: nn.Module, _: Any) -> None:
             )
 
 
+@one_at_a_time
 def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) -> Model:
     """A deepcopy of `model`, whole where fully_shard has split it.
 

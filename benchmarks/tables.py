@@ -11,11 +11,13 @@ import re
 import statistics
 import textwrap
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from figures import draw_accuracy, draw_layers, draw_report
 from runs import METHODS, ROOT, Runs, budgets, by_seed, grouped, lead, load, mean, training, with_error
+from zoo_tables import load_zoo, zoo_tables
 
 from ato_optim import ATO
 
@@ -117,6 +119,26 @@ def by_value(runs: Runs) -> dict[str, Runs]:
     return groups
 
 
+def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
+    """One row a control: its runs beside those of ato that cost as much, in epochs of the dense network's training."""
+    rows = [
+        "| control | epochs | cost | test accuracy, % | ato's epochs | cost | test accuracy, % | ato is ahead by | n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, control, ato in pairs:
+        found = [
+            [
+                f"{members[0]['arguments']['epochs']}",
+                f"{statistics.mean(run['arguments']['epochs'] * training(run) for run in members):.1f}",
+                mean(list(by_seed(members).values())),
+            ]
+            for members in (control, ato)
+        ]
+        ahead = lead(ato, control)
+        rows.append(f"| {name} | {' | '.join(found[0] + found[1])} | {with_error(ahead)} | {len(ahead)} |")
+    return "\n".join(rows)
+
+
 def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
     """One row a value of `setting`, of which `default` is what ATO does unasked."""
     rows = [
@@ -179,82 +201,6 @@ def commands(runs: Runs) -> str:
     return "\n\n".join([*parts, "</details>"])
 
 
-def load_zoo() -> dict[str, Any]:
-    """What zoo.py measured."""
-    return json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text())
-
-
-def zoo(models: dict[str, dict[str, Any]]) -> str:
-    """One row a model."""
-    rows = [
-        "| model | groups | prunable MACs | least budget | kept of asked | largest difference | MACs as predicted | "
-        "exports | construction, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, found in models.items():
-        if "difference" not in found:
-            rows.append(f"| {name} | not pruned: {found.get('refused') or found['error']} |  |  |  |  |  |  |  |")
-            continue
-        exports = "yes" if found["exports"] else "**no**" if found["dense_exports"] else "nor does the dense one"
-        rows.append(
-            f"| {name} | {found['groups']} | {found['covered']:.1%} | {found['least']:.3f} | "
-            f"{found['kept']:.4f} of {found['budget']:.4f} | {found['difference']:.0e} | "
-            f"{'yes' if found['predicted_macs'] == found['measured_macs'] else '**no**'} | {exports} | "
-            f"{found['seconds']:.1f} |"
-        )
-    return "\n".join(rows)
-
-
-def zoo_summary(models: dict[str, dict[str, Any]]) -> str:
-    """What holds of how many models."""
-    pruned = [found for found in models.values() if "difference" in found]
-    exact = sum(found["difference"] <= 1e-4 for found in pruned)
-    met = sum(0.99 * found["budget"] <= found["kept"] <= found["budget"] for found in pruned)
-    predicted = sum(found["predicted_macs"] == found["measured_macs"] for found in pruned)
-    lost = sum(not found["exports"] and found["dense_exports"] for found in pruned)
-    apart = max(found["difference"] for found in pruned)
-    least, seconds = ([found[key] for found in pruned] for key in ("least", "seconds"))
-    lines = [
-        f"{len(models)} models, {len(pruned)} pruned:",
-        "",
-        f"- {exact} exact to 1e-4 of the largest output; the largest difference is {apart:.0e};",
-        f"- {met} at most at their budget and less than 1 % below it;",
-        f"- {predicted} with the MACs that were predicted, to the unit;",
-        f"- least budget {statistics.median(least):.3f} in the median, {max(least):.3f} at the most;",
-        f"- planned (graph, groups, trial) in {statistics.median(seconds):.1f} s in the median, {max(seconds):.1f} at "
-        "the longest (one thread of a busy machine);",
-        f"- {lost} that cannot be exported although the dense model can.",
-    ]
-    return "\n".join(lines)
-
-
-def zoo_reasons(models: dict[str, dict[str, Any]]) -> str:
-    """Why layers are left alone, and in how many models and layers."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for model in models.values():
-        merged: dict[str, int] = defaultdict(int)
-        for reason, layers in model.get("left_out", {}).items():
-            merged[re.sub(r"\(.*\)$|(?<= at ).*|(?<=channels where ).*", "...", re.sub(r"\d+", "n", reason))] += layers
-        for reason, layers in merged.items():
-            found[reason].append(layers)
-    rows = ["| the layer ... | models | layers |", "| --- | --- | --- |"]
-    most = sorted(found.items(), key=lambda item: -len(item[1]))
-    return "\n".join([*rows, *(f"| {reason} | {len(layers)} | {sum(layers)} |" for reason, layers in most)])
-
-
-def zoo_tables(measured: dict[str, Any]) -> dict[str, str]:
-    """All of docs/models.md from what zoo.py measured."""
-    models, versions = measured["models"], measured["versions"].items()
-    return {
-        "zoo": zoo(models),
-        "zoo reasons": zoo_reasons(models),
-        "zoo summary": zoo_summary(models),
-        "zoo command": ", ".join(
-            [f"`{measured['command']}`", *(f"{package} {number}" for package, number in versions)]
-        ),
-    }
-
-
 def fill(page: Path, tables: dict[str, str]) -> None:
     """Write `tables` into their places in `page`."""
     text = page.read_text()
@@ -289,6 +235,14 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     methods = {method: [run for run in cifar if run["arguments"]["method"] == method] for method in METHODS}
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
+    at_45 = budgets(cifar)["0.45"]
+    longer_ato, longer_narrow = load("epochs18-resnet20-ato-"), load("epochs22-resnet20-narrow-")
+    equal = (
+        ("narrow", longer_narrow, at_45["ato"]),
+        ("magnitude, cut at 0.32", load("control-cut32-45-"), at_45["ato"]),
+        ("magnitude", at_45["magnitude"], longer_ato),
+        ("magnitude, streams whole", load("control-streams-45-"), longer_ato),
+    )
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer = load("vgg11-"), load("epochs8-vgg11_bn-")
     deeper, deeper_short = load("epochs16-resnet56-"), load("epochs4-resnet56-")
@@ -305,9 +259,11 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         ),
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
+        "equal cost": equal_cost(equal),
+        "equal cost commands": commands(longer_ato + longer_narrow),
         "streams": streams(streams_pruned + methods["magnitude"], whole),
         "streams commands": commands(streams_pruned),
-        **settings_tables(budgets(cifar)["0.45"]["ato"]),
+        **settings_tables(at_45["ato"]),
         "vgg": comparison(vgg),
         "vgg controls": other_cuts(floor, vgg),
         "vgg changed": variants("change", {**by_value(vgg_changed), "default": vgg_ato}, "default"),

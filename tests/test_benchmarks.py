@@ -138,6 +138,15 @@ def test_other_cuts_by_magnitude_are_compared_with_the_same_budget_and_seeds():
     ]  # fmt: skip
 
 
+def test_runs_of_equal_cost_are_compared_in_epochs_of_the_dense_network_over_the_seeds_that_both_have():
+    ato = [finished("ato", seed, 88.0 + seed, epochs=100) for seed in range(3)]
+    narrow = [finished("narrow", seed, 87.5 + seed, epochs=140) for seed in (1, 2)]
+    row = tables.equal_cost([("a thin network", narrow, ato)]).splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "a thin network", "140", "63.0", "89.00 ± 0.71", "100", "62.6", "89.00 ± 1.00", "+0.50 ± 0.00", "2",
+    ]  # fmt: skip
+
+
 def test_whole_streams_are_compared_over_the_seeds_that_were_run_both_ways():
     pruned = [finished(method, seed, 80.0 + seed) for method in ("ato", "magnitude") for seed in range(3)]
     whole = [finished("ato", seed, 81.0 + seed, budget) for seed in (0, 1) for budget in (0.45, 0.3)]

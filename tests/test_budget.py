@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Concat, Flatten, Residual, example
+from torch import nn
 
 from ato_optim.budget import least_mask, minimum_widths, ranks, solve
 from ato_optim.compress import apply_cut, derive_cut
@@ -109,3 +110,40 @@ def test_rounded_widths_are_so_in_all_layers_that_are_coupled(target):
     apply_cut(derive_cut(model, plan.groups, mask), model)
     assert model.a.out_channels == 2 * model.b.out_channels
     assert model.b.out_channels % 8 == 0 and model.b.out_channels < 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_minimum_widths_are_rounded_up_and_do_not_depend_on_the_default_dtype(dtype):
+    sizes = torch.tensor([50, 100, 261, 1, 3])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert minimum_widths(sizes, 0.3, 1).tolist() == [15, 30, 79, 1, 1]
+        assert minimum_widths(sizes, 0.6, 1).tolist() == [30, 60, 157, 1, 2]
+        assert minimum_widths(sizes, 1.0, 1).tolist() == sizes.tolist()
+        assert minimum_widths(sizes, 0.0, 1).tolist() == [1] * 5
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_streams_that_stay_whole_do_so_in_every_default_dtype():
+    plan = make_plan(model := Wide(), torch.randn(1, 3, 8, 8), call, [], set(model.parameters()))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        least = plan.stream_widths(0.1, 1, 1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert least[plan.summed].tolist() == [261] and (least[~plan.summed] == 2).all()
+
+
+class Wide(nn.Module):
+    """A stream of a width that bfloat16 does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(3, 261, 1), nn.Conv2d(261, 20, 1), nn.Conv2d(20, 261, 1)
+        self.fc = nn.Linear(261, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.fc((x + self.outer(torch.relu(self.inner(x)))).mean((2, 3)))

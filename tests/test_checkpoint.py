@@ -98,6 +98,10 @@ def test_other_files_and_models_are_refused(saved, tmp_path):
         save_pruned(Residual(), tmp_path / "dense.pt")
     with pytest.raises(ValueError, match="dense model"):
         load_pruned(saved[0], saved[1])  # pruned already
+    with torch.device("meta"):
+        bare = Residual()
+    with pytest.raises(ValueError, match=r"meta device.*to_empty"):
+        load_pruned(bare, saved[1])
 
 
 def test_a_pruned_network_that_is_pruned_again_loads_into_the_dense_one(saved, tmp_path):

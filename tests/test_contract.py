@@ -134,7 +134,7 @@ def test_a_whole_run_and_training_after_the_cut(name, options):
         step(model, optimizer, k)
     assert len(optimizer.history) > 3
     assert 0.4 < optimizer.history[-1][1] <= 0.5
-    assert optimizer.plan.groups.producers.closed_are_zero(model, optimizer.mask)
+    assert optimizer.plan.groups.producers.largest_closed(model, optimizer.mask) == 0
     model.eval()
     expected = model(example()).detach()
     if name == "LBFGS":  # its history is of vectors over all parameters

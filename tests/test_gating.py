@@ -50,7 +50,7 @@ def test_gate_gradient_is_autograds(network):
     loss.backward()
     masking.undo()
     torch.testing.assert_close(loss, expected_loss)
-    found = gate_gradient(model, plan.groups.consumers, plan.groups.num_gates)
+    found = gate_gradient(model, plan.groups.consumers, gates)
     assert variable.grad.abs().max() > 0
     torch.testing.assert_close(found, variable.grad.float(), rtol=1e-4, atol=1e-6)
 
@@ -83,7 +83,7 @@ def test_gate_gradient_equals_gates_written_by_hand():
     masking.apply()
     F.cross_entropy(model(x.double()), y).backward()
     masking.undo()
-    found = gate_gradient(model, plan.groups.consumers, plan.groups.num_gates)[layer.gates]
+    found = gate_gradient(model, plan.groups.consumers, gates)[layer.gates]
     torch.testing.assert_close(found, hand.inner.grad.float(), rtol=1e-4, atol=1e-7)
 
 
@@ -312,11 +312,11 @@ def test_gradients_accumulate_over_a_turn():
     x, y = next(iter(batches(1)))
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
-    whole = gate_gradient(model, optimizer.plan.groups.consumers, optimizer.plan.groups.num_gates)
+    whole = gate_gradient(model, optimizer.plan.groups.consumers, optimizer.mask.float())
     optimizer.zero_grad()
     for part in range(2):
         (F.cross_entropy(model(x[4 * part : 4 * part + 4]), y[4 * part : 4 * part + 4]) / 2).backward()
-    parts = gate_gradient(model, optimizer.plan.groups.consumers, optimizer.plan.groups.num_gates)
+    parts = gate_gradient(model, optimizer.plan.groups.consumers, optimizer.mask.float())
     torch.testing.assert_close(whole, parts)
 
 

@@ -165,3 +165,18 @@ def test_weights_of_a_cut_network_want_the_optimizer_first():
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other.load_state_dict(model.state_dict())
     assert train(other, resumed, 3) == train(model, optimizer, 3)
+
+
+def test_a_run_may_go_back_to_the_same_checkpoint_more_than_once():
+    model = Residual()
+    base = torch.optim.SGD(model.parameters(), lr=0.05)  # torch goes on in the momenta that it is given
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=200)
+    train(model, optimizer, 30)
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    ends = []
+    for _ in range(3):
+        optimizer.load_state_dict(state)
+        model.load_state_dict(weights)
+        train(model, optimizer, 50, skip=30)
+        ends.append((optimizer.history, optimizer.search.controller.head.detach().clone()))
+    assert all(history == ends[0][0] and torch.equal(head, ends[0][1]) for history, head in ends)

@@ -307,3 +307,30 @@ def test_state_over_all_parameters_is_refused_by_compress_and_nothing_is_lost():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     small = optimizer.compress(inplace=False)
     assert difference(model.eval()(example()), small.eval()(example())) < 1e-5
+
+
+@pytest.mark.parametrize("projection", ["proximal", "halfspace"])
+def test_the_time_constant_is_the_timed_pulls_alone(projection):
+    runs = []
+    for pull_time in (0.1, 1e-3):
+        model, optimizer = make(projection=projection, pull_time=pull_time, total_steps=200)
+        train(model, optimizer, 55)
+        assert optimizer.phase == "search" and not optimizer.mask.all()
+        runs.append(model.state_dict())
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+def test_the_pull_does_not_depend_on_the_default_dtype():
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, optimizer = make(total_steps=2000)
+        optimizer.mask[::2] = False
+        optimizer.step_count = optimizer.schedule.pull + 1
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer._pull(optimizer.schedule.pull + 1)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert not torch.equal(make()[0].state_dict()["stem.0.weight"], ends[0]["stem.0.weight"])

@@ -139,3 +139,25 @@ def test_what_will_not_run_in_float64_is_tried_as_it_is(always):
     model = InFloat32(always)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     assert len(ATO(base, model, images(), target_flops=0.6, total_steps=100).plan.groups.layers) == 2
+
+
+class ComplexConvolution(nn.Module):
+    """torch runs it as three real ones, on views of the numbers' parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 6, 1, dtype=torch.complex64)
+        self.three, self.four, self.fc = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.one(x))
+        x = torch.relu(self.three(self.two(torch.complex(x, x / 2)).abs()))
+        return self.fc(torch.relu(self.four(x)).mean((2, 3)))
+
+
+def test_a_layer_that_a_complex_convolution_reads_is_left_alone_and_others_are_pruned():
+    model = ComplexConvolution()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ATO(base, model, torch.randn(2, 3, 8, 8), target_flops=1, total_steps=1)
+    roots = {layer.root for layer in optimizer.plan.groups.layers}
+    assert {"three", "four"} <= roots and "one" not in roots

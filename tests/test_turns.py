@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from ato_optim import ATO
 from ato_optim.controller import Controller
+from ato_optim.gating import Masking, gate_gradient
+from ato_optim.graph import call
+from ato_optim.plan import make_plan
 
 
 def at_a_turn(model: nn.Module, total_steps: int = 20, **options) -> tuple[nn.Module, ATO, nn.Module]:
@@ -243,3 +246,58 @@ def test_a_compiled_step_is_a_step():
         cross_entropy(model, x, y).backward()
         step()
     assert optimizer.step_count == 20 and optimizer.history and optimizer.removable
+
+
+class Tied(nn.Module):
+    """A residual branch whose second layer reads the first one's weight the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(12, 10, 1), nn.ConvTranspose2d(10, 12, 1)
+        self.two.weight, self.fc = self.one.weight, nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.fc((x + torch.relu(self.two(torch.relu(self.one(x))))).mean((2, 3)))
+
+
+class Waves(nn.Module):
+    """A complex layer between real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 6, dtype=torch.complex64)
+        self.three, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.one(x.mean(2).transpose(1, 2)))
+        x = torch.relu(self.three(self.two(torch.complex(x, x / 2)).abs()))
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize("network", [Tied, Waves])
+def test_gate_gradient_is_that_of_finite_differences(network):
+    torch.manual_seed(0)
+    model = network()
+    for p in model.parameters():
+        p.data = p.data.to(torch.complex128 if p.is_complex() else torch.float64)
+    x, y = next(iter(batches(1)))
+    plan = make_plan(model, x.double(), call, [], set(model.parameters()))
+    table, gates = plan.groups.consumers, (torch.rand(plan.groups.num_gates) < 0.7).double()
+    assert (len(table.names) > len(set(table.names))) == (network is Tied)
+
+    def loss(gates):
+        twin = copy.deepcopy(model)
+        table.scale(table.parameters(twin), gates)
+        return F.cross_entropy(twin(x.double()), y)
+
+    masking = Masking(model, table, gates)
+    masking.apply()
+    F.cross_entropy(model(x.double()), y).backward()
+    masking.undo()
+    found = gate_gradient(model, table, gates)
+    with torch.no_grad():
+        steps = 1e-6 * torch.eye(len(gates), dtype=torch.float64)
+        expected = torch.stack([(loss(gates + step) - loss(gates - step)) / 2e-6 for step in steps])
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,100 @@
+"""What ATO does to the process around it: nothing that stays."""
+
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from networks import Flatten, Residual, example
+from test_optimizer import make, train
+from torch_pruning.dependency import index_mapping, shape_infer
+
+from ato_optim import ATO
+from ato_optim.controller import Controller
+
+
+def switches():
+    return (
+        torch.Tensor.__deepcopy__,
+        index_mapping.update_index_mapping,
+        shape_infer.init_shape_information,
+        torch.backends.mha.get_fastpath_enabled(),
+    )
+
+
+def test_optimizers_that_are_built_in_threads_are_alike_and_leave_all_as_it_was():
+    before, heads, errors = switches(), [], []
+
+    def build():
+        try:
+            for _ in range(4):
+                model = Flatten()
+                base = torch.optim.SGD(model.parameters(), lr=0.05)
+                optimizer = ATO(base, model, example(2), target_flops=0.5, total_steps=200)
+                heads.append(optimizer.search.controller.head.detach().clone())
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert switches() == before
+    assert len(heads) == 16 and all(torch.equal(head, heads[0]) for head in heads)
+
+
+def test_no_accelerators_random_state_is_touched(monkeypatch):
+    """torch.manual_seed is every device's, and fork_rng() puts back only what it knows of."""
+
+    def refuse(seed):
+        raise AssertionError("torch.manual_seed was called")
+
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    monkeypatch.setattr(torch.random, "manual_seed", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Residual()
+        state = torch.get_rng_state()
+        ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=0.5, total_steps=200)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_controllers_weights_depend_on_its_seed_alone():
+    layers = torch.tensor([0, 0, 1, 1, 1])
+    one, same, other = (Controller(layers, seed).state_dict() for seed in (3, 3, 4))
+    torch.randn(5)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["head"], other["head"]) and not torch.equal(one["gru.weight_hh_l0"], other["head"])
+    bound = 128**-0.5
+    for name, value in one.items():
+        if name.startswith("gru."):
+            assert 0.9 * bound < value.abs().max() <= bound  # as torch.nn.GRU draws them
+
+
+def test_a_smaller_network_that_is_pickled_whole_needs_no_ato_optim():
+    model, optimizer = make(Flatten)
+    train(model, optimizer, 60)
+    assert b"ato_optim" not in pickle.dumps(optimizer.compress())
+
+
+def test_gradients_of_parameters_that_are_replaced_are_let_go():
+    model, optimizer = make()
+    train(model, optimizer, 60)
+    old = list(model.parameters())
+    optimizer.compress()
+    new = set(model.parameters())
+    assert any(p not in new for p in old)
+    assert all(p.grad is None for p in old if p not in new) and all(p.grad is not None for p in new)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model, _optimizer = make()
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"torch\.nn\.DataParallel.*DistributedDataParallel"):
+        replica(example())
+    with torch.no_grad():
+        replica(example())
