@@ -1,4 +1,4 @@
-"""Where the channels of a tensor are after an operation that moves them: concat, split, slice and reshape.
+"""Where the channels of a tensor are after an operation that moves them: concat, split, slice, reshape and GLU.
 
 Labels are int64, one a position of the channels' axis, -1 for none. The shapes on both sides are those that
 autograd's node of the operation holds; what works along another axis leaves the labels as they are.
@@ -16,44 +16,83 @@ from torch import Tensor
 from torch_pruning.ops import OPTYPE
 
 
-class MixedError(Exception):
-    """A reshape puts channels together with something else; the message gives its shapes."""
+class Unsafe(Exception):
+    """Channels have to stay; the message completes "the layer ..."."""
 
 
 Move = Callable[[Tensor], Tensor]
 
 
-def mover(kind: OPTYPE, grad_fn: Any, place: int, forward: bool) -> Move:
+ORDERS = ("Amax", "Amin", "Max", "Min", "Topk", "Sort", "Kthvalue", "Median", "Nanmedian", "Mode", "Cummax", "Cummin")
+"""Beginnings of autograd's names of what compares entries along a dimension, for which a zero is more than nothing."""
+
+
+def mover(kind: OPTYPE, grad_fn: Any, place: int, forward: bool, last: bool = False) -> Move:
     """What carries labels through the operation of autograd's node `grad_fn`, `forward` or back.
 
     It takes labels (positions,) and gives (positions,), or (positions, several) where several become one; it raises
-    MixedError if a reshape neither keeps, nor merges, nor splits the channels' axis.
+    Unsafe if a reshape neither keeps, nor merges, nor splits the channels' axis.
 
     Args:
         kind: torch-pruning's name of the operation: RESHAPE, CONCAT, SPLIT or SLICE.
         place: for a concat the number of the input, for a split that of the output.
+        last: for a reshape whether channels are last on both sides, if both sides end in as many.
     """
     if kind == OPTYPE.RESHAPE:
-        if not hasattr(grad_fn, "_saved_self_sym_sizes"):  # a view of another kind: of complex numbers as real ones
-            raise MixedError(grad_fn.name())
         sides = tuple(grad_fn._saved_self_sym_sizes), _shape(grad_fn)
         before, after = sides if forward else sides[::-1]
-        return partial(reshape, before=before, after=after)
+        return partial(reshape, before=before, after=after, last=last)
     window, total = _concat_window(grad_fn, place) if kind == OPTYPE.CONCAT else _window(kind, grad_fn, place)
     widens = forward == (kind == OPTYPE.CONCAT)
     return partial(_put if widens else _take, window=torch.tensor(window, dtype=torch.long), total=total)
 
 
-def reshape(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Labels (n,) of the axis of n positions in shape `before` as labels of the axis that holds it in `after`."""
-    size, rank = len(labels), len(before)
-    axes = [axis for axis in (1, rank - 1, *range(2, rank - 1), 0) if axis < rank and before[axis] == size > 1]
-    if not axes:
+def moves_by_name(grad_fn: Any, forward: bool) -> list[Move]:
+    """What happens to labels in an operation that torch-pruning takes for one that works entry by entry."""
+    name = grad_fn.name() if hasattr(grad_fn, "name") else ""
+    if name.startswith("GluBackward"):
+        return [partial(_halve if forward else _double, size=_input_shape(grad_fn)[_dimensions(grad_fn)[0]])]
+    if forward and name.startswith(tuple(f"{order}Backward" for order in ORDERS)) and hasattr(grad_fn, "_saved_dim"):
+        return [partial(_refuse_order, shape=_input_shape(grad_fn), dims=_dimensions(grad_fn), name=name)]
+    return []
+
+
+def _halve(labels: Tensor, size: int) -> Tensor:
+    return labels.view(2, -1).T if len(labels) == size else labels
+
+
+def _double(labels: Tensor, size: int) -> Tensor:
+    return labels.repeat(2) if 2 * len(labels) == size else labels
+
+
+def _refuse_order(labels: Tensor, shape: Sequence[int], dims: Sequence[int], name: str) -> Tensor:
+    if channel_axis(len(labels), shape) in dims:
+        raise Unsafe(f"is compared with other channels ({name})")
+    return labels
+
+
+def channel_axis(size: int, shape: Sequence[int]) -> int | None:
+    """Which axis of `shape` has `size` channels: the second if it may be, or the last, or else another."""
+    rank = len(shape)
+    order = (1, rank - 1, *range(2, rank - 1), 0)
+    return next((axis for axis in order if axis < rank and shape[axis] == size > 1), None)
+
+
+def reshape(labels: Tensor, before: Sequence[int], after: Sequence[int], last: bool = False) -> Tensor:
+    """Labels (n,) of the axis of n positions in shape `before` as labels of the axis that holds it in `after`.
+
+    If it may be the `last` on both sides, it is.
+    """
+    size = len(labels)
+    if last and before[-1] == after[-1] == size:
         return labels
-    i, end, j, there = _block(axes[0], before, after)
+    axis = channel_axis(size, before)
+    if axis is None:
+        return labels
+    i, end, j, there = _block(axis, before, after)
     parts = [n for n in after[j:there] if n > 1]
     if len(parts) == 1:  # kept, or merged with the other axes of the block
-        outer, inner = math.prod(before[i : axes[0]]), math.prod(before[axes[0] + 1 : end])
+        outer, inner = math.prod(before[i:axis]), math.prod(before[axis + 1 : end])
         return labels.repeat_interleave(inner).repeat(outer)
     if math.prod(before[i:end]) == size:  # split: along the axis that carries the labels, or by whole runs
         split = labels.view(parts)
@@ -62,7 +101,7 @@ def reshape(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Tens
             if (along == along[:, :1]).all():
                 return along[:, 0]
         return labels.view(parts[0], -1)
-    raise MixedError(f"{tuple(before)} to {tuple(after)}")
+    raise Unsafe(f"runs through a reshape that mixes its channels ({tuple(before)} to {tuple(after)})")
 
 
 def _block(axis: int, before: Sequence[int], after: Sequence[int]) -> tuple[int, int, int, int]:
@@ -81,19 +120,29 @@ def _shape(grad_fn: Any, place: int = 0) -> tuple[int, ...]:
     return tuple(grad_fn._input_metadata[place].shape)
 
 
-def _dimension(grad_fn: Any, rank: int) -> int:
-    """The dimension along which it works; torch keeps negative ones as unsigned 64-bit numbers."""
-    dim = int(grad_fn._saved_dim)
+def _input_shape(grad_fn: Any) -> tuple[int, ...]:
+    sizes = getattr(grad_fn, "_saved_self_sym_sizes", None)
+    return tuple(grad_fn._saved_self.shape if sizes is None else sizes)
+
+
+def _dimension(dim: int, rank: int) -> int:
+    """The dimension `dim`; torch keeps negative ones as unsigned 64-bit numbers."""
     return dim - (1 << 64) + rank if dim >= 1 << 63 else dim % rank
+
+
+def _dimensions(grad_fn: Any) -> list[int]:
+    """The dimensions along which it reduces or sorts; all of them if it names none."""
+    rank, dims = len(_input_shape(grad_fn)), grad_fn._saved_dim
+    return [_dimension(dim, rank) for dim in (dims if isinstance(dims, tuple) else (dims,))] or list(range(rank))
 
 
 def _concat_window(grad_fn: Any, place: int) -> tuple[range, int]:
     """Positions, along its dimension, of input number `place` of a concat, and how many there are in all."""
     shape = _shape(grad_fn)
-    dim = _dimension(grad_fn, len(shape))
+    dim = _dimension(grad_fn._saved_dim, len(shape))
     sizes = [None if fn is None else _shape(fn, number)[dim] for fn, number in grad_fn.next_functions]
     if sizes.count(None) > 1:
-        raise MixedError("a concat of several tensors without gradients")
+        raise Unsafe("runs through a concat of several tensors without gradients")
     rest = shape[dim] - sum(size for size in sizes if size is not None)  # of an input without a gradient
     known = [rest if size is None else size for size in sizes]
     start = sum(known[:place])
@@ -103,7 +152,7 @@ def _concat_window(grad_fn: Any, place: int) -> tuple[range, int]:
 def _window(kind: OPTYPE, grad_fn: Any, place: int) -> tuple[range, int]:
     """Positions, along its dimension, that output number `place` of a split or slice takes, and of how many."""
     shape = tuple(grad_fn._saved_self_sym_sizes)
-    everything = range(shape[_dimension(grad_fn, len(shape))])
+    everything = range(shape[_dimension(grad_fn._saved_dim, len(shape))])
     if kind == OPTYPE.SLICE:
         return everything[grad_fn._saved_start : grad_fn._saved_end : grad_fn._saved_step], len(everything)
     sizes = getattr(grad_fn, "_saved_split_sizes", None)

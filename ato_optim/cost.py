@@ -50,11 +50,15 @@ def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call)
     """
     names = {module: name for name, module in model.named_modules()}
     training = {module: module.training for module in model.modules()}
+    required = [p for p in model.parameters() if p.requires_grad]
     counts: dict[str, int] = dict.fromkeys(names.values(), 0)
     handles = []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        # FlopCounterMode looks in the graph for what requires gradients, and a parameter's view is in none here.
+        for parameter in required:
+            parameter.requires_grad_(False)
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
 
             def begin(module: nn.Module, _: Any) -> None:
@@ -69,6 +73,8 @@ def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call)
             outputs = forward_fn(model.eval(), example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        for parameter in required:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
         for module, flag in training.items():

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Node
 from torch_pruning.ops import OPTYPE
 
+from .axes import Unsafe
 from .cost import has_width
-from .graph import ForwardFn, Touch, Unsafe, Walker, grouped, trace
+from .graph import ForwardFn, Touch, Walker, grouped, trace
 from .groups import GateTable, Groups, LayerGroup, LeftOut
 
 # Modules that write their rows (dimension 0 unless transposed) and read their columns.
@@ -37,7 +38,10 @@ _UNSAFE = {
 _UNTOLD = (OPTYPE.ELEMENTWISE, OPTYPE.LSTM)
 
 UNREACHED = "is not reached by example_inputs"
-_HIDDEN = "is not in the graph: its gradients stay inside, or its output is a view that is changed in place"
+_HIDDEN = (
+    "is not in the graph: no output depends on it, its gradients stay inside, or its output is a view that is changed "
+    "in place"
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ class Discovery:
         frozen: Iterable[Tensor],
         counts: Mapping[str, int],
     ):
-        traced = trace(model, example_inputs, forward_fn)
+        called = {module for name, module in model.named_modules() if counts.get(name) and has_width(module)}
+        traced = trace(model, example_inputs, forward_fn, called)
         self.trains = traced.training
         model.eval()
         self.shapes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}

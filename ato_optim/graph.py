@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Node
 from torch_pruning.ops import OPTYPE
 
-from .axes import MixedError, Move, mover
+from .axes import Move, Unsafe, mover, moves_by_name
 from .guard import build_graph
 from .unwrap import tensors_in
 
@@ -28,10 +28,6 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 
 SECONDS = 30.0
 """Time that the walks of one graph may take together."""
-
-
-class Unsafe(Exception):
-    """Channels have to stay; the message completes "the layer ..."."""
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -59,17 +55,24 @@ class Trace:
     training: bool
 
 
-def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Trace:
-    """The trace of a forward in training mode, which runs auxiliary heads, or in eval mode, if that wants targets.
+def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, called: Set[nn.Module]) -> Trace:
+    """The trace of a forward in training mode, which runs auxiliary heads, or in eval mode.
 
-    All floating-point parameters of `model` require gradients afterwards.
+    That is where the model wants targets in training mode, or leaves out, as stochastic depth does, some of the modules
+    that are `called` in eval mode. All floating-point parameters of `model` require gradients afterwards.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     try:
-        return _trace(model.train(), example_inputs, forward_fn)
+        trained = _trace(model.train(), example_inputs, forward_fn)
     except Exception:
         return _trace(model.eval(), example_inputs, forward_fn)
+    missing = called - trained.graph.module2node.keys()
+    if missing:
+        evaluated = _trace(model.eval(), example_inputs, forward_fn)
+        if missing & evaluated.graph.module2node.keys():
+            return evaluated
+    return trained
 
 
 def _trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Trace:
@@ -161,8 +164,10 @@ class Walker:
                     for other, arriving in self._reached(place, seen[place])
                     if self._merge(seen, other, arriving, pairs)
                 ]
-            except MixedError as error:
-                raise Unsafe(f"runs through a reshape that mixes its channels ({error})") from None
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+                # Of an operation that torch-pruning takes for another by its name, say.
+                reason = f"is followed no further than to {self._name(place.node)} ({type(error).__name__}: {error})"
+                raise Unsafe(reason) from error
         gates = _together(size, pairs)
         used, gates[channels] = gates[channels].unique(return_inverse=True)
         return len(used), [
@@ -173,6 +178,11 @@ class Walker:
     def _place(self, node: Node, writes: bool) -> Place:
         pruner = self.graph.get_pruner_of_module(node.module)
         return Place(node, pruner.prune_out_channels if writes else pruner.prune_in_channels)
+
+    def _name(self, node: Node) -> str:
+        """The module's or parameter's name in the model, or the operation's in autograd."""
+        named = self.graph._param_to_name.get(node.module) or node._name
+        return str(named or getattr(node.grad_fn, "name", lambda: node.name)())
 
     def _writes(self, place: Place) -> bool:
         return place.prune == self._place(place.node, writes=True).prune
@@ -186,7 +196,8 @@ class Walker:
 
     def _check(self, place: Place) -> None:
         if time.monotonic() > self.deadline:
-            raise Unsafe(f"is coupled to more than could be followed in {SECONDS:.0f} s, up to {_name(place.node)}")
+            name = self._name(place.node)
+            raise Unsafe(f"is coupled to more than could be followed in {SECONDS:.0f} s, up to {name}")
         reason = self.objection(place.node, self._writes(place))
         if reason:
             raise Unsafe(reason)
@@ -211,7 +222,8 @@ class Walker:
             arriving = labels
             for move in moves:
                 arriving = move(arriving)
-            yield other, arriving
+            if not (_back_to_operand(node, other.node) and len(arriving) not in _operand_shape(other.node, arriving)):
+                yield other, arriving
 
     def _merge(
         self, seen: dict[Place, Tensor], place: Place, labels: Tensor, pairs: list[tuple[Tensor, Tensor]]
@@ -223,10 +235,10 @@ class Walker:
         if size == 1 < len(labels) or not (labels >= 0).any():  # broadcast: the one channel does not carry the others
             return False
         if size not in (None, len(labels)):
-            raise Unsafe(f"has {len(labels)} channels where {_name(place.node)} has {size}")
+            raise Unsafe(f"has {len(labels)} channels where {self._name(place.node)} has {size}")
         known = seen.get(place)
         if known is not None and len(known) != len(labels):
-            raise Unsafe(f"is read as {len(known)} and as {len(labels)} channels at {_name(place.node)}")
+            raise Unsafe(f"is read as {len(known)} and as {len(labels)} channels at {self._name(place.node)}")
         columns = [*several.unbind(1), *([] if known is None else [known])]
         for column in columns:
             meet = (column >= 0) & (labels >= 0) & (column != labels)
@@ -237,9 +249,24 @@ class Walker:
         return known is None or not torch.equal(merged, known)
 
 
-def _name(node: Node) -> str:
-    """The module's or parameter's name in the model, or the operation's in autograd."""
-    return str(node._name or getattr(node.grad_fn, "name", lambda: node.name)())
+def _back_to_operand(node: Node, other: Node) -> bool:
+    """Whether the way from `node` to `other` leads back from an operation, entry by entry, to what it reads."""
+    return node.type == OPTYPE.ELEMENTWISE and other in node.inputs and other not in node.outputs
+
+
+def _operand_shape(node: Node, labels: Tensor) -> tuple[int, ...]:
+    """The shape of what `node` is or writes; that of `labels` if it is not known.
+
+    What has no axis of as many positions as there are labels is broadcast: an entry of a vector, say.
+    """
+    if node.type == OPTYPE.PARAMETER:
+        return tuple(node.module.shape)
+    written: list[Any] = list(getattr(node.grad_fn, "_input_metadata", ()))
+    return tuple(written[0].shape) if len(written) == 1 else tuple(labels.shape)
+
+
+def _is_product(node: Node) -> bool:
+    return str(getattr(node.grad_fn, "name", str)()).startswith(("AddmmBackward", "MmBackward"))
 
 
 def _moves(node: Node, k: int) -> list[Move]:
@@ -256,7 +283,11 @@ def _moves(node: Node, k: int) -> list[Move]:
     if source.type == OPTYPE.SPLIT:
         moves.append(mover(source.type, source.grad_fn, output, forward))
     if reader.type in (OPTYPE.CONCAT, OPTYPE.SLICE, OPTYPE.RESHAPE):
-        moves.append(mover(reader.type, reader.grad_fn, argument, forward))
+        # torch folds the leading dimensions for the product of a linear layer: its channels are last.
+        last = any(_is_product(other) for other in (*reader.inputs, *reader.outputs))
+        moves.append(mover(reader.type, reader.grad_fn, argument, forward, last))
+    if reader.type == OPTYPE.ELEMENTWISE:
+        moves += moves_by_name(reader.grad_fn, forward)
     if reader.type == OPTYPE.IN and hasattr(reader.grad_fn, "_saved_self_sym_sizes"):
         # torch folds the batch into the channels of an instance norm, and back at its end.
         moves.append(mover(OPTYPE.RESHAPE, reader.grad_fn, argument, forward))

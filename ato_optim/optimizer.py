@@ -112,7 +112,7 @@ class ATO(torch.optim.Optimizer):
         checks.rates(base_optimizer, projection)
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
         ignored = checks.modules(root, ignored_layers)
-        self.plan = plan = make_plan(root, example_inputs, forward_fn or call, ignored, trained)
+        self.plan = plan = make_plan(root, example_inputs, forward_fn or call, ignored, trained, float(min_width))
         self.least = minimum_widths(plan.sizes, min_width, plan.lots(self.round_to))
         self.least_flops = plan.share(least_mask(plan.layer_of_gate, self.least))
         """The least budget that the model can reach with min_width and round_to."""

@@ -106,11 +106,17 @@ class Plan:
 
 @one_at_a_time
 def make_plan(
-    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, ignored: list[nn.Module], trained: set[Any]
+    model: nn.Module,
+    example_inputs: Any,
+    forward_fn: ForwardFn,
+    ignored: list[nn.Module],
+    trained: set[Any],
+    min_width: float = 0.1,
 ) -> Plan:
     """The plan of `model`, which is not touched, nor is the global random state.
 
-    Groups with parameters outside of `trained` are left alone, and so are those that fail the trial.
+    Groups with parameters outside of `trained` are left alone, and so are those that fail the trial, also of a network
+    whose layers have no more than `min_width` of their channels.
 
     Raises:
         ValueError: if the model refuses the example inputs, or torch-pruning the model.
@@ -141,7 +147,7 @@ def make_plan(
                 f"model ({type(model).__name__}) cannot be traced by torch-pruning ({type(error).__name__}: {error}): "
                 "pass a forward_fn that runs the part which is to be pruned, and returns its outputs"
             ) from error
-        trial = Trial(copied, example_inputs, forward_fn, found.trains, counts[""])
+        trial = Trial(copied, example_inputs, forward_fn, found.trains, counts[""], min_width)
         groups = found.groups()
         while failed := trial.failures(groups):
             found.refuse(failed)

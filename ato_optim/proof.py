@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .budget import minimum_widths
 from .compress import apply_cut, derive_cut
 from .cost import build_cost, counted
 from .graph import ForwardFn
@@ -86,6 +87,16 @@ def _halves(groups: Groups, chosen: Sequence[LayerGroup], pair: int) -> tuple[Te
         for mask, closed in zip(masks, order.tensor_split([share]), strict=True):
             mask[closed] = False
     return masks[0], masks[1]
+
+
+def _least(groups: Groups, chosen: Sequence[LayerGroup], min_width: float) -> Tensor:
+    """A mask (gates,) bool that leaves the `chosen` layer groups the least: what takes k channels of them may fail."""
+    mask = torch.ones(groups.num_gates, dtype=torch.bool)
+    kept = minimum_widths(torch.tensor([layer.size for layer in chosen]), min_width, 1).tolist()
+    for layer, width in zip(chosen, kept, strict=True):
+        generator = torch.Generator().manual_seed(layer.start)
+        mask[layer.start + torch.randperm(layer.size, generator=generator)[width:]] = False
+    return mask
 
 
 def _redrawn(example_inputs: Any) -> Any:
@@ -196,13 +207,17 @@ class Trial:
         model: a copy, which is changed.
         trains: whether the model runs on the example inputs in training mode.
         macs: of a forward; a cheap one is tried more often.
+        min_width: share of the channels that a layer keeps at least.
 
     Attributes:
         slopes: MACs of a gate outside of layers, by the root of its layer group, as far as trials have met some.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool, macs: int):
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool, macs: int, min_width: float
+    ):
         randomise(model)
+        self.min_width = min_width
         self.model, example_inputs, self.tolerance = in_float64(model, example_inputs, forward_fn, trains)
         self.pairs = min(max(1, int(MACS_OF_TRIALS // max(1, macs))), MOST_PAIRS)
         self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
@@ -259,7 +274,7 @@ class Trial:
         """Root layers of groups that fail, with the reason; none only if all groups pass together."""
         # Bundles first: where some fail, heads of an attention say, most others pass together.
         layers = sorted(groups.layers, key=lambda layer: layer.layers[layer.root] == 1)
-        for trial in range(2 * self.pairs):
+        for trial in range(2 * self.pairs + 1):
             failed = self._culprits(groups, layers, trial)
             if failed:
                 return failed
@@ -270,7 +285,8 @@ class Trial:
         if not chosen:
             return {}
         trains = self.trains and trial == 0  # what training alone runs does not fit after any cut
-        mask = _halves(groups, chosen, trial // 2)[trial % 2]
+        pair, half = divmod(trial, 2)
+        mask = _halves(groups, chosen, pair)[half] if pair < self.pairs else _least(groups, chosen, self.min_width)
         reason = self.objection(groups, mask, trains)
         if reason is None:
             return {}
