@@ -1,0 +1,238 @@
+"""What a forward may do with channels between two layers, and what is found to be prunable then."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ato_optim import ATO
+
+
+def plan(model: nn.Module, x: Tensor, **options):
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    return ATO(base, model, x, **{"target_flops": 1, "total_steps": 1, **options})
+
+
+def roots(optimizer: ATO) -> set[str]:
+    """Which layers lead a group; each passed the trial."""
+    return {layer.root for layer in optimizer.plan.groups.layers}
+
+
+def reasons(optimizer: ATO) -> dict[str, str]:
+    return {layer: entry.reason for entry in optimizer.plan.groups.left_out for layer in entry.layers}
+
+
+class Between(nn.Module):
+    """A function of the channels between two linear layers."""
+
+    def __init__(self, function, width: int = 24, reads: int | None = None):
+        super().__init__()
+        self.one, self.two, self.function = nn.Linear(6, width), nn.Linear(reads or width, 5), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.function(self.one(x)))
+
+
+ORDERS = {
+    "AmaxBackward0": lambda h: h * h.amax(-1, keepdim=True),
+    "AminBackward0": lambda h: h * h.amin((-1,), keepdim=True),
+    "MaxBackward0": lambda h: h * h.max(-1, keepdim=True).values,
+    "TopkBackward0": lambda h: torch.zeros_like(h).scatter(-1, h.topk(4, -1).indices, h.topk(4, -1).values),
+    "SortBackward0": lambda h: h * h.sort(-1).values[..., -3:-2].sigmoid(),
+    "MedianBackward1": lambda h: h * h.median(-1, keepdim=True).values.sigmoid(),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_channels_whose_order_counts_stay(name):
+    optimizer = plan(Between(ORDERS[name]), torch.randn(4, 6))
+    assert reasons(optimizer)["one"].startswith("is compared with other channels")
+
+
+class Pooled(nn.Module):
+    """As many points as channels: the largest is taken over the points."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.fc = nn.Conv1d(3, 12, 1), nn.Conv1d(12, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.two(torch.relu(self.one(x)))).amax(2))
+
+
+@pytest.mark.parametrize("points", [9, 12, 16])
+def test_an_order_along_another_axis_is_no_reason(points):
+    assert roots(plan(Pooled(), torch.randn(2, 3, points))) == {"one", "two"}
+
+
+def test_what_takes_more_channels_than_may_be_left_is_found_before_training():
+    def largest(h):  # compared outside of the graph
+        return h * (h >= h.detach().topk(8, -1).values[..., -1:])
+
+    assert "selected index k out of range" in reasons(plan(Between(largest, 64), torch.randn(4, 6)))["one"]
+    assert roots(plan(Between(largest, 64), torch.randn(4, 6), min_width=0.4)) == {"one"}  # 26 are enough
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_glu_is_followed_as_its_two_halves_are(dim):
+    def halves(h):
+        one, other = h.chunk(2, dim)
+        return one * other.sigmoid()
+
+    found = []
+    for function in (halves, lambda h: F.glu(h, dim)):
+        model = nn.Sequential(Between(function, 24, 12), nn.ReLU(), nn.Linear(5, 3))
+        found.append([(layer.root, layer.size) for layer in plan(model, torch.randn(4, 6)).plan.groups.layers])
+    assert found[0] == found[1] == [("0.one", 12), ("0.two", 5)]
+
+
+class Mixed(nn.Module):
+    """Maps that are weighed by entries of a vector, learned or predicted."""
+
+    def __init__(self, predicted: bool):
+        super().__init__()
+        self.maps = nn.ModuleList([nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+        self.weights, self.fc = nn.Parameter(torch.zeros(3)), nn.Linear(8, 5)
+        self.predict = nn.Linear(8, 3) if predicted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for conv in self.maps:
+            x = torch.relu(conv(x))
+            found.append(x)
+        if self.predict is None:
+            weights = list(self.weights.softmax(0))
+        else:
+            weights = self.predict(x.mean((2, 3))).softmax(1)[:, :, None, None, None].unbind(1)
+        return self.fc(sum(weight * one for weight, one in zip(weights, found, strict=True)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+def test_an_entry_of_a_vector_that_weighs_a_map_is_not_coupled_to_its_channels(predicted):
+    (stream,) = plan(Mixed(predicted), torch.randn(2, 3, 8, 8)).plan.groups.layers
+    assert stream.layers.keys() == {"maps.0", "maps.1", "maps.2"} and stream.size == 8
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.norm, self.outputs = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+        self.one, self.two = nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inputs(x)
+        return self.outputs(x + self.two(torch.relu(self.one(self.norm(x)))))
+
+
+@pytest.mark.parametrize("tokens", [8, 19, 20, 21])
+def test_as_many_tokens_as_channels_are_told_apart_in_linear_layers(tokens):
+    assert roots(plan(Block(), torch.randn(2, tokens, 6))) == {"one"}
+
+
+class Queries(Block):
+    """Learned queries, a view of a parameter, go into a module first."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.norm(self.queries.expand(len(x), -1, -1))
+        return super().forward(x) + self.outputs(self.two(torch.relu(self.one(queries)))).mean(1, keepdim=True)
+
+
+def test_a_module_may_read_a_view_of_a_parameter():
+    model = Queries()
+    model.two.bias.requires_grad_(False)
+    optimizer = plan(model, torch.randn(2, 7, 6))
+    assert [(name, p.requires_grad) for name, p in model.named_parameters() if not p.requires_grad] == [
+        ("two.bias", False)
+    ]
+    assert roots(optimizer) == {"one"}
+
+
+class Rotary(Block):
+    """Channels as complex numbers, as rotary position embeddings have them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inputs(x)
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(4), torch.arange(4.0))
+        return self.outputs(torch.view_as_real(turned).flatten(-2) + self.two(torch.relu(self.one(x))))
+
+
+class MyCat(torch.autograd.Function):
+    """Doubles, under a name that torch-pruning takes for a concatenation's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Renamed(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(MyCat.apply(self.norm(MyCat.apply(self.inputs(x))))[..., :6])
+
+
+@pytest.mark.parametrize("network", [Rotary, Renamed])
+def test_an_operation_that_cannot_be_followed_keeps_only_what_it_reads(network):
+    optimizer = plan(network(), torch.randn(2, 7, 6))
+    assert "one" in roots(optimizer) and "inputs" not in roots(optimizer)
+
+
+class Deep(nn.Module):
+    """Stochastic depth: in training some blocks are not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.outputs = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.one = nn.ModuleList(nn.Linear(8, 12) for _ in range(3))
+        self.two = nn.ModuleList(nn.Linear(12, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inputs(x)
+        for one, two in zip(self.one, self.two, strict=True):
+            if not self.training or torch.rand(()) < 0.5:
+                x = x + two(torch.relu(one(x)))
+        return self.outputs(x)
+
+
+def test_the_plan_of_a_network_that_skips_blocks_at_random_is_that_of_the_whole():
+    found = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        found.append([(layer.root, layer.layers) for layer in plan(Deep(), torch.randn(2, 6)).plan.groups.layers])
+    assert {root for root, _ in found[0]} == {"inputs", "one.0", "one.1", "one.2"}
+    assert all(groups == found[0] for groups in found)
+
+
+class Forgotten(Block):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last(self.inputs(x))
+        return super().forward(x)
+
+
+def test_a_layer_whose_output_nothing_reads_is_said_to_be_that():
+    assert "no output depends on it" in reasons(plan(Forgotten(), torch.randn(2, 7, 6)))["last"]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.table = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x) + self.table.flatten())
+
+
+def test_reasons_name_parameters_as_the_model_does():
+    left_out = reasons(plan(Scaled(), torch.randn(3, 6)))
+    assert "table" in left_out.get("one", "table") and "UnwrappedParameter" not in str(left_out)
