@@ -74,6 +74,10 @@ def lightning_module(lightning, early=False):
             x, y = batch
             return F.cross_entropy(self.net(x), y)
 
+        def test_step(self, batch):
+            x, y = batch
+            self.log("loss", F.cross_entropy(self.net(x), y))
+
         def configure_optimizers(self):
             if self.optimizer is None:
                 self.optimizer, self.scheduler = build(self.net, int(self.trainer.estimated_stepping_batches))
@@ -85,7 +89,8 @@ def lightning_module(lightning, early=False):
 
         def on_load_checkpoint(self, checkpoint):
             if early:  # Lightning loads weights first: the net must have been cut by then
-                self.optimizer, self.scheduler = build(self.net)
+                if self.optimizer is None:
+                    self.optimizer, self.scheduler = build(self.net)
                 self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
 
     return Module()
@@ -121,6 +126,21 @@ def test_lightning_resumed(stop, early, tmp_path):
         resumed.net.fc.weight.zero_()  # all must come from the checkpoint
     model, optimizer = fit(lightning, resumed, STEPS // EPOCH, tmp_path, resume=True)
     assert_same(model, optimizer, plain_loop(early))
+
+
+def test_lightning_tests_the_checkpoint_of_a_run_that_was_cut(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed: ato_optim[integrations]")
+    module = lightning_module(lightning, early=True)
+    fit(lightning, module, STEPS // EPOCH, tmp_path)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    for tested in (module, module, lightning_module(lightning, early=True)):
+        trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.test(tested, data(), ckpt_path=tmp_path / "run.ckpt", weights_only=True, verbose=False)
+        assert all(
+            torch.equal(mine, its) for mine, its in zip(module.net.parameters(), tested.net.parameters(), strict=True)
+        )
 
 
 def test_lightning_accumulates(tmp_path):
