@@ -237,7 +237,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
     at_45 = budgets(cifar)["0.45"]
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
-    vgg_changed, vgg_longer = load("vgg11-"), load("epochs8-vgg11_bn-")
+    vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
     deeper, deeper_short = load("epochs16-resnet56-"), load("epochs4-resnet56-")
     vgg_ato = [run for run in vgg if run["arguments"]["method"] == "ato"]
     measured = load("run_cost")
@@ -259,8 +259,9 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "vgg controls": other_cuts(floor, vgg),
         "vgg changed": variants("change", {**by_value(vgg_changed), "default": vgg_ato}, "default"),
         "vgg longer": comparison(vgg_longer),
-        "vgg removal": removal(vgg_ato, costs),
-        "vgg commands": commands(vgg + floor + vgg_changed + vgg_longer),
+        "vgg longest": comparison(vgg_longest),
+        "vgg removal": removal([run for run in vgg_longest + vgg if run["arguments"]["method"] == "ato"], costs),
+        "vgg commands": commands(vgg + floor + vgg_changed + vgg_longer + vgg_longest),
         "deeper": comparison(deeper),
         "deeper short": comparison(deeper_short),
         "deeper removal": removal([run for run in deeper + deeper_short if run["arguments"]["method"] == "ato"], costs),
