@@ -23,8 +23,16 @@ class Unsafe(Exception):
 Move = Callable[[Tensor], Tensor]
 
 
-ORDERS = ("Amax", "Amin", "Max", "Min", "Topk", "Sort", "Kthvalue", "Median", "Nanmedian", "Mode", "Cummax", "Cummin")
-"""Beginnings of autograd's names of what compares entries along a dimension, for which a zero is more than nothing."""
+ORDERS = (
+    "Amax", "Amin", "Aminmax", "Max", "Min", "Cummax", "Cummin",
+    "Topk", "Sort", "Kthvalue", "Median", "Nanmedian", "Mode",
+)  # fmt: skip
+"""Beginnings of autograd's names of what compares entries along dimensions, for which a zero is more than nothing."""
+POOLS = {
+    "MaxPool2DWithIndices": 2, "AdaptiveMaxPool2D": 2, "FractionalMaxPool2D": 2,
+    "MaxPool3DWithIndices": 3, "AdaptiveMaxPool3D": 3, "FractionalMaxPool3D": 3,
+}  # fmt: skip
+"""The same of what does along so many of the last dimensions."""
 
 
 def mover(kind: OPTYPE, grad_fn: Any, place: int, forward: bool, last: bool = False) -> Move:
@@ -50,10 +58,13 @@ def mover(kind: OPTYPE, grad_fn: Any, place: int, forward: bool, last: bool = Fa
 def moves_by_name(grad_fn: Any, forward: bool) -> list[Move]:
     """What happens to labels in an operation that torch-pruning takes for one that works entry by entry."""
     name = grad_fn.name() if hasattr(grad_fn, "name") else ""
-    if name.startswith("GluBackward"):
+    kind = name.partition("Backward")[0]
+    if kind == "Glu":
         return [partial(_halve if forward else _double, size=_input_shape(grad_fn)[_dimensions(grad_fn)[0]])]
-    if forward and name.startswith(tuple(f"{order}Backward" for order in ORDERS)) and hasattr(grad_fn, "_saved_dim"):
-        return [partial(_refuse_order, shape=_input_shape(grad_fn), dims=_dimensions(grad_fn), name=name)]
+    if forward and (kind in ORDERS or kind in POOLS):
+        shape = _input_shape(grad_fn)
+        dims = list(range(len(shape)))[-POOLS[kind] :] if kind in POOLS else _dimensions(grad_fn)
+        return [partial(_refuse_order, shape=shape, dims=dims, name=name)]
     return []
 
 
@@ -132,8 +143,9 @@ def _dimension(dim: int, rank: int) -> int:
 
 def _dimensions(grad_fn: Any) -> list[int]:
     """The dimensions along which it reduces or sorts; all of them if it names none."""
-    rank, dims = len(_input_shape(grad_fn)), grad_fn._saved_dim
-    return [_dimension(dim, rank) for dim in (dims if isinstance(dims, tuple) else (dims,))] or list(range(rank))
+    rank, dims = len(_input_shape(grad_fn)), getattr(grad_fn, "_saved_dim", None)
+    named = () if dims is None else dims if isinstance(dims, tuple) else (dims,)
+    return [_dimension(dim, rank) for dim in named] or list(range(rank))
 
 
 def _concat_window(grad_fn: Any, place: int) -> tuple[range, int]:

@@ -212,13 +212,13 @@ def learning(step: int, last_turn: int, schedule: Schedule) -> None:
         )
 
 
-def trained(model: nn.Module, names: Iterable[str]) -> None:
+def trained(model: nn.Module, names: Collection[str]) -> None:
     """Warn of parameters `names` of prunable layers that are frozen by now."""
-    frozen = [name for name in dict.fromkeys(names) if not model.get_parameter(name).requires_grad]
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name in names]
     if frozen:
         warnings.warn(
-            f"{', '.join(frozen)} no longer require gradients, but belong to layers that are being pruned: the "
-            "controller learns nothing from them, and what is masked goes all the same. Freeze layers before ATO is "
+            f"{', '.join(frozen)} no longer require gradients, but belong to layers that are being pruned: what is "
+            "masked goes all the same, and the controller chooses without their gradients. Freeze layers before ATO is "
             "built, which leaves them whole, or name them in ignored_layers",
             stacklevel=6,
         )

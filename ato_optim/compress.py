@@ -7,7 +7,7 @@ an averaged copy, a fresh dense model that a file is loaded into, and the optimi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
             setattr(model.get_submodule(name), key, value)
     earlier = cut_of(model)
     # Plain data: a model that is pickled whole can be loaded where this package is not.
-    setattr(model, CUT, asdict(cut if earlier is None else compose(earlier, cut)))
+    setattr(model, CUT, dict(vars(cut if earlier is None else compose(earlier, cut))))
     return replaced
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from .graph import ForwardFn, call, grouped
 from .groups import GateTable, Groups
@@ -25,7 +25,7 @@ from .threads import one_at_a_time
 
 def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """FLOPs of a fused attention from the shapes of its arguments."""
-    return int(sdpa_flop_count(query, key, value))
+    return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
 
 
 def _recurrent_flop(inputs: Any, matrices: Sequence[Any]) -> int:
@@ -48,17 +48,32 @@ def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call)
     Modules with a weight of their own are listed, wherever they are called from, under their first name. The fused
     attention path goes uncounted by torch and is switched off meanwhile.
     """
-    names = {module: name for name, module in model.named_modules()}
     training = {module: module.training for module in model.modules()}
     required = [p for p in model.parameters() if p.requires_grad]
-    counts: dict[str, int] = dict.fromkeys(names.values(), 0)
-    handles = []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # FlopCounterMode looks in the graph for what requires gradients, and a parameter's view is in none here.
+        try:
+            return _counted(model.eval(), example_inputs, forward_fn)
+        except Exception:
+            # FlopCounterMode looks in the graph for what requires gradients, and a parameter's view is in none here. A
+            # forward may differentiate by its parameters, so that they are not switched off at once.
+            for parameter in required:
+                parameter.requires_grad_(False)
+            return _counted(model, example_inputs, forward_fn)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for parameter in required:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(True)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> tuple[Any, dict[str, int]]:
+    names = {module: name for name, module in model.named_modules()}
+    counts: dict[str, int] = dict.fromkeys(names.values(), 0)
+    handles = []
+    try:
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
 
             def begin(module: nn.Module, _: Any) -> None:
@@ -70,15 +85,10 @@ def counted(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = call)
             for module in names:
                 if has_width(module):
                     handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-            outputs = forward_fn(model.eval(), example_inputs)
+            outputs = forward_fn(model, example_inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for parameter in required:
-            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-        for module, flag in training.items():
-            module.training = flag
     counts[""] = counter.get_total_flops() // 2
     return outputs, counts
 

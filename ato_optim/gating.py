@@ -158,14 +158,14 @@ class TurnHooks:
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any) -> None:
         self._recover()
-        if getattr(module, "_is_replica", False) and torch.is_grad_enabled():
+        request = self._request() if self._request is not None else None
+        if request is None or not module.training or not torch.is_grad_enabled():
+            return
+        if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "model is replicated by torch.nn.DataParallel, whose copies cannot be masked in a controller turn: use "
                 "DistributedDataParallel, or one device"
             )
-        request = self._request() if self._request is not None else None
-        if request is None or not module.training or not torch.is_grad_enabled():
-            return
         masking = request()
         if masking is not None:
             # It is on already when a checkpointed forward is recomputed in the backward.

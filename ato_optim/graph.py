@@ -59,7 +59,8 @@ def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, called: 
     """The trace of a forward in training mode, which runs auxiliary heads, or in eval mode.
 
     That is where the model wants targets in training mode, or leaves out, as stochastic depth does, some of the modules
-    that are `called` in eval mode. All floating-point parameters of `model` require gradients afterwards.
+    that are `called` in eval mode, and runs no others. All floating-point parameters of `model` require gradients
+    afterwards.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -67,12 +68,12 @@ def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, called: 
         trained = _trace(model.train(), example_inputs, forward_fn)
     except Exception:
         return _trace(model.eval(), example_inputs, forward_fn)
-    missing = called - trained.graph.module2node.keys()
-    if missing:
-        evaluated = _trace(model.eval(), example_inputs, forward_fn)
-        if missing & evaluated.graph.module2node.keys():
-            return evaluated
-    return trained
+    modules = set(model.modules())
+    reached = modules & trained.graph.module2node.keys()
+    if called <= reached:
+        return trained
+    evaluated = _trace(model.eval(), example_inputs, forward_fn)
+    return evaluated if reached < modules & evaluated.graph.module2node.keys() else trained
 
 
 def _trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Trace:

@@ -77,6 +77,15 @@ def test_a_fused_attention_costs_what_one_by_hand_does():
     assert count_macs(layer, x) == linear + 2 * 2 * LENGTH * LENGTH * WIDTH
 
 
+def test_queries_that_share_keys_cost_what_they_do_apart():
+    class Shared(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    q, k, v = torch.randn(2, 6, 9, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 5)
+    assert count_macs(Shared(), (q, k, v)) == 2 * 6 * 9 * 7 * (4 + 5)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_fused_lstm_costs_what_its_products_do(bidirectional):
     lstm = nn.LSTM(6, 10, num_layers=2, bidirectional=bidirectional, batch_first=True)

@@ -1,5 +1,8 @@
 """What ATO does to the process around it: nothing that stays."""
 
+import copy
+import multiprocessing
+import os
 import pickle
 import threading
 import warnings
@@ -10,7 +13,7 @@ from networks import Flatten, Residual, example
 from test_optimizer import make, train
 from torch_pruning.dependency import index_mapping, shape_infer
 
-from ato_optim import ATO
+from ato_optim import ATO, threads
 from ato_optim.controller import Controller
 
 
@@ -44,6 +47,21 @@ def test_optimizers_that_are_built_in_threads_are_alike_and_leave_all_as_it_was(
     assert not errors
     assert switches() == before
     assert len(heads) == 16 and all(torch.equal(head, heads[0]) for head in heads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_a_process_that_is_forked_while_another_thread_builds_does_not_wait_for_it():
+    with threads._LOCK:
+        held = threading.Thread(target=lambda: None)
+        held.start()
+        held.join()
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=threads.one_at_a_time(lambda: None))
+        other = threading.Thread(target=child.start)  # which does not hold the lock
+        other.start()
+        other.join()
+        child.join(60)
+    assert child.exitcode == 0
 
 
 def test_no_accelerators_random_state_is_touched(monkeypatch):
@@ -98,3 +116,5 @@ def test_replicas_of_data_parallel_are_refused():
         replica(example())
     with torch.no_grad():
         replica(example())
+    copy.deepcopy(model)._replicate_for_data_parallel()(example())  # an average of the model, say
+    model.eval()._replicate_for_data_parallel()(example())

@@ -38,6 +38,10 @@ ORDERS = {
     "AminBackward0": lambda h: h * h.amin((-1,), keepdim=True),
     "MaxBackward0": lambda h: h * h.max(-1, keepdim=True).values,
     "TopkBackward0": lambda h: torch.zeros_like(h).scatter(-1, h.topk(4, -1).indices, h.topk(4, -1).values),
+    "AminmaxBackward0": lambda h: h * torch.aminmax(h, dim=-1, keepdim=True).max,
+    "MaxBackward1": lambda h: h * h.max(),
+    "MaxPool2DWithIndicesBackward0": lambda h: F.max_pool1d(h[:, None], 3, 1, 1)[:, 0],
+    "AdaptiveMaxPool2DBackward0": lambda h: h * F.adaptive_max_pool1d(h[:, None], 1)[:, 0],
     "SortBackward0": lambda h: h * h.sort(-1).values[..., -3:-2].sigmoid(),
     "MedianBackward1": lambda h: h * h.median(-1, keepdim=True).values.sigmoid(),
 }
@@ -46,7 +50,7 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_channels_whose_order_counts_stay(name):
     optimizer = plan(Between(ORDERS[name]), torch.randn(4, 6))
-    assert reasons(optimizer)["one"].startswith("is compared with other channels")
+    assert reasons(optimizer)["one"] == f"is compared with other channels ({name})"
 
 
 class Pooled(nn.Module):
@@ -207,6 +211,45 @@ def test_the_plan_of_a_network_that_skips_blocks_at_random_is_that_of_the_whole(
         found.append([(layer.root, layer.layers) for layer in plan(Deep(), torch.randn(2, 6)).plan.groups.layers])
     assert {root for root, _ in found[0]} == {"inputs", "one.0", "one.1", "one.2"}
     assert all(groups == found[0] for groups in found)
+
+
+class Heads(nn.Module):
+    """A head for training and another for evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.hidden = nn.Linear(6, 8), nn.Linear(8, 12)
+        self.evaluated, self.trained = nn.Linear(12, 5), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.hidden(torch.relu(self.body(x))))
+        return self.trained(x) if self.training else self.evaluated(x)
+
+
+@pytest.mark.filterwarnings("ignore:total_steps=20")
+def test_what_a_head_for_training_alone_reads_is_not_cut_without_it():
+    model = Heads()
+    optimizer = plan(model, torch.randn(2, 6), target_flops=0.6, total_steps=20)
+    assert roots(optimizer) == {"body"} and reasons(optimizer)["evaluated"].startswith("is not in the graph")
+    for _ in range(20):
+        model(torch.randn(2, 6)).sum().backward()
+        optimizer.step()
+    optimizer.compress()
+    model(torch.randn(2, 6)).sum().backward()
+
+
+class Adapts(Block):
+    """Differentiates by a parameter in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            loss = self.norm(self.inputs(x.detach())).square().mean()
+            (gradient,) = torch.autograd.grad(loss, self.norm.weight, create_graph=self.training)
+        return super().forward(x) + gradient.sum()
+
+
+def test_a_model_may_differentiate_by_its_parameters_in_its_forward():
+    assert roots(plan(Adapts(), torch.randn(2, 7, 6))) == {"one"}
 
 
 class Forgotten(Block):
