@@ -109,6 +109,7 @@ class ATO(torch.optim.Optimizer):
         self.round_to = int(round_to)
         self.schedule = Schedule.over(self.total_steps, tuple(phases), float(pull_time), interval and int(interval))
         checks.end(self.schedule.zero, self.total_steps, phases)
+        checks.rates(base_optimizer, projection if self.target_flops < 1 else "timed")
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
         ignored = checks.modules(root, ignored_layers)
         self.plan = plan = make_plan(root, example_inputs, forward_fn or call, ignored, trained, float(min_width))
@@ -121,7 +122,6 @@ class ATO(torch.optim.Optimizer):
         self.mask = torch.ones(plan.groups.num_gates, dtype=torch.bool, device=plan.device)
         self.search: Search | None = None
         if self.target_flops < 1:
-            checks.rates(base_optimizer, projection)
             checks.turns(self.schedule)
             checks.reached(plan, root, trained)
             lr, decay = float(controller_lr or self.schedule.controller_lr), float(controller_weight_decay)
