@@ -236,6 +236,13 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     methods = {method: [run for run in cifar if run["arguments"]["method"] == method] for method in METHODS}
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
     at_45 = budgets(cifar)["0.45"]
+    longer_ato, longer_narrow = load("epochs18-resnet20-ato-"), load("epochs22-resnet20-narrow-")
+    equal = (
+        ("narrow", longer_narrow, at_45["ato"]),
+        ("magnitude, cut at 0.32", load("control-cut32-45-"), at_45["ato"]),
+        ("magnitude", at_45["magnitude"], longer_ato),
+        ("magnitude, streams whole", load("control-streams-45-"), longer_ato),
+    )
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
     deeper, deeper_short = load("epochs16-resnet56-"), load("epochs4-resnet56-")
@@ -252,6 +259,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         ),
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
+        "equal cost": equal_cost(equal),
+        "equal cost commands": commands(longer_ato + longer_narrow),
         "streams": streams(streams_pruned + methods["magnitude"], whole),
         "streams commands": commands(streams_pruned),
         **settings_tables(at_45["ato"]),
