@@ -27,7 +27,7 @@ ORDERS = (
     "Amax", "Amin", "Aminmax", "Max", "Min", "Cummax", "Cummin",
     "Topk", "Sort", "Kthvalue", "Median", "Nanmedian", "Mode",
 )  # fmt: skip
-"""Beginnings of autograd's names of what compares entries along dimensions, for which a zero is more than nothing."""
+"""Autograd's names, up to "Backward", of what compares entries along dimensions: a zero is more than nothing to it."""
 POOLS = {
     "MaxPool2DWithIndices": 2, "AdaptiveMaxPool2D": 2, "FractionalMaxPool2D": 2,
     "MaxPool3DWithIndices": 3, "AdaptiveMaxPool3D": 3, "FractionalMaxPool3D": 3,

@@ -247,7 +247,7 @@ def rates(base: torch.optim.Optimizer, projection: str) -> None:
 
 
 def zeroed(step: int, schedule: Schedule, left: float) -> None:
-    """Masked channels are due to be zero at `step`, and are: `left`, the largest size of their sums, is 0."""
+    """Masked channels are due to be zero at `step`, and are: of the largest of them, `left` is left."""
     if step < schedule.zero:
         raise ValueError(
             f"compress() came {schedule.zero - step} step(s) too early: step {step} of total_steps="
