@@ -1,6 +1,7 @@
-"""The simpler ways to a smaller network: a uniformly thin one, and torch-pruning's cut by magnitude."""
+"""The simpler ways to a smaller network: one that is thin from the start, and torch-pruning's cut by magnitude."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch_pruning as tp
@@ -13,14 +14,16 @@ def classifier(model: nn.Module) -> nn.Module:
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
 
 
-def thinned(model: nn.Module, example: Tensor, factor: float) -> nn.Module:
-    """A copy of `model` in which every layer keeps the first round(factor * channels) channels."""
+def thinned(model: nn.Module, example: Tensor, width: Callable[[str, int], int]) -> nn.Module:
+    """A copy of `model` in which a layer of n channels keeps the first width(name, n) of them, one at least."""
     small = copy.deepcopy(model)
+    names = {module: name for name, module in small.named_modules()}
     graph = tp.DependencyGraph().build_dependency(small, example)
     for group in graph.get_all_groups(ignored_layers=[classifier(small)]):
         root, prune = group[0].dep.target.module, group[0].dep.handler
         channels = graph.get_out_channels(root)
-        graph.get_pruning_group(root, prune, list(range(max(1, round(factor * channels)), channels))).prune()
+        kept = max(1, width(names[root], channels))
+        graph.get_pruning_group(root, prune, list(range(kept, channels))).prune()
     return small.train()
 
 
@@ -28,9 +31,15 @@ def narrow(model: nn.Module, example: Tensor, wanted: float) -> nn.Module:
     """The uniformly thinned copy of `model` whose MACs are closest to `wanted`."""
     low, high, networks = 0.0, 1.0, []
     for _ in range(10):
-        networks.append(thinned(model, example, (low + high) / 2))
-        low, high = ((low + high) / 2, high) if macs(networks[-1], example) < wanted else (low, (low + high) / 2)
+        factor = (low + high) / 2
+        networks.append(thinned(model, example, lambda _, channels, factor=factor: round(factor * channels)))
+        low, high = (factor, high) if macs(networks[-1], example) < wanted else (low, factor)
     return min(networks, key=lambda network: abs(macs(network, example) - wanted))
+
+
+def of_widths(model: nn.Module, example: Tensor, widths: dict[str, int]) -> nn.Module:
+    """The copy of `model` that has the `widths` of another run, by layer, and the start of its own seed."""
+    return thinned(model, example, lambda name, _: widths[name])
 
 
 def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float, **pruner_arguments: Any) -> None:

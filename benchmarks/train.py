@@ -8,7 +8,8 @@ Methods, all with the same epochs, recipe, seed and order of the data:
     ato        the optimizer of this package around SGD
     random     the same with scores drawn by chance instead of the controller's logits (chance.py)
     dense      SGD alone
-    narrow     every layer thinned by the same factor before the first step, then SGD
+    narrow     every layer thinned by the same factor before the first step, then SGD; with --widths, to the widths
+               that another run ended with
     magnitude  torch-pruning's one-shot global group magnitude (L2) at half time, then SGD goes on; --cut-at moves the
                cut, --pruner changes what torch-pruning does at it
 """
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import data
 import models
 from chance import leave_to_chance
-from controls import narrow, prune_by_magnitude
+from controls import narrow, of_widths, prune_by_magnitude
 from measure import commit, evaluate, hardware, latency, macs
 
 RECORDED = (
@@ -56,6 +57,7 @@ RECORDED = (
     "ato",
     "cut_at",
     "pruner",
+    "widths",
 )
 PRUNING = ("ato", "random")
 """Methods that ATO carries out."""
@@ -78,6 +80,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, default=224, help="side that images of an ImageFolder tree are resized to")
     add("--early", action="store_true", help="remove the channels as soon as they are zero, not at the end")
     add("--ato", type=json.loads, default={}, help='further arguments of ATO as JSON: {"round_to": 8}')
+    add("--widths", metavar="JSON", help="for narrow: file of the run whose widths it takes")
     add("--cut-at", type=float, default=0.5, help="for magnitude: share of the run at which it cuts")
     add("--pruner", type=json.loads, default={}, help="for magnitude: further arguments of torch-pruning's BasePruner")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -158,7 +161,10 @@ class Run:
         self.model = dense.train()
         self.dense_macs = macs(self.model, self.example)
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
-        if args.method == "narrow":
+        if args.method == "narrow" and args.widths:
+            widths = json.loads(Path(args.widths).read_text())["widths"]
+            self.model = of_widths(self.model, self.example, widths)
+        elif args.method == "narrow":
             self.model = narrow(self.model, self.example, args.target_flops * self.dense_macs)
         self._compile()
         self.optimizer = self._optimizer()

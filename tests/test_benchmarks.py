@@ -65,6 +65,17 @@ def test_a_cut_by_magnitude_that_misses_its_budget_is_no_control(tmp_path):
         Run(arguments(["--method", "magnitude", "--out", str(tmp_path), *options])).train_step()
 
 
+def test_a_thin_network_takes_the_widths_of_another_run(tmp_path):
+    path = SCRIPT.parent / "results" / "epochs16-resnet56-ato-0.json"
+    other = json.loads(path.read_text())
+    options = ["--method", "narrow", "--model", "resnet56", "--widths", str(path), "--out", str(tmp_path)]
+    result = Run(arguments(options)).result()
+    assert result["widths"] == other["widths"]
+    # The images differ in their channels, and the stem, whole in both, with them.
+    removed = [run["dense_parameters"] - run["parameters"] for run in (result, other)]
+    assert removed[0] == removed[1]
+
+
 @pytest.mark.parametrize("early", [(), ("--early",)])
 def test_a_killed_run_goes_on_to_the_same_result(early, tmp_path):
     whole = run(tmp_path / "whole", *early)
