@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .compress import Cut, apply_cut, cut_of
+from .checks import module, owner_of
+from .compress import Cut, apply_cut, compose, cut_of, uncut
+from .sharding import is_sharded
 from .unwrap import copy_model, unwrap, wrappers
 
 FORMAT = "ato_optim.pruned"
 VERSION = 1
+_ADVICE = "which ato_optim.save_pruned writes"
 
 Model = TypeVar("Model", bound=nn.Module)
 File = str | PathLike[str] | IO[bytes]
@@ -23,39 +26,45 @@ File = str | PathLike[str] | IO[bytes]
 def save_pruned(model: nn.Module, path: File) -> None:
     """Write the compressed `model` to `path`: its state_dict and what was cut from the dense network.
 
+    Layers that were added or replaced since the cut belong to the network: the file loads into a dense model with the
+    same change. Under fully_shard all ranks call it, and each writes the whole network.
+
     Raises:
-        ValueError: if `model` was not compressed by ATO, or a layer of it was replaced since.
+        TypeError, ValueError: if `model` is no module, or was not compressed by ATO.
     """
-    model = unwrap(model)
+    module("model", model)
+    model = copy_model(unwrap(model)) if is_sharded(unwrap(model)) else unwrap(model)
     cut = cut_of(model)
     if cut is None:
         raise ValueError(
             f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense model"
         )
-    for name, parameter in model.named_parameters():
-        if name in cut.dense and list(parameter.shape) != cut.shape(name):
-            raise ValueError(
-                f"model ({type(model).__name__}) has {name} of shape {list(parameter.shape)} where its cut leaves "
-                f"{cut.shape(name)}, and would not load into the dense network: save before layers are replaced, or "
-                "replace them before ATO is built"
-            )
-    torch.save({"format": FORMAT, "version": VERSION, "cut": asdict(cut), "weights": model.state_dict()}, path)
+    content = {"cut": asdict(compose(cut, uncut(model))), "weights": model.state_dict()}
+    torch.save({"format": FORMAT, "version": VERSION, **content}, path)
 
 
-def load_pruned(dense_model: Model, path: File, map_location: torch.device | str | None = None) -> Model:
+def load_pruned(dense_model: Model, path: File) -> Model:
     """Cut `dense_model` as the network in `path` was, load its weights, and return it.
 
     The file is read with weights_only=True: it can hold no code. `dense_model`, bare or in a wrapper of torch.compile
     or an average, is changed in place and keeps its device, dtype and mode; its outputs are then those of the saved
-    network, to the bit if the dtype is the same.
+    network, to the bit if the dtype is the same (and if what its state_dict leaves out is). Its parameters are
+    others afterwards: build optimizers, this package's too, after loading.
 
     Raises:
-        ValueError: if the file is none of save_pruned's, or was made from another architecture; the first
-            module that differs is named, and `dense_model` is as it was.
+        TypeError, ValueError: if `dense_model` is no module, or has been given to an ATO; if the file is none of
+            save_pruned's, or was made from another architecture; the first module that differs is named, and
+            `dense_model` is as it was.
     """
-    content = torch.load(path, map_location=map_location, weights_only=True)
+    module("dense_model", dense_model)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # as many kinds as there are other files
+        raise ValueError(f"path ({path}) is no pruned network, {_ADVICE} ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"path ({path}) is no pruned network: write it with ato_optim.save_pruned")
+        raise ValueError(f"path ({path}) is no pruned network, {_ADVICE}")
     if content["version"] != VERSION:
         raise ValueError(
             f"path ({path}) has format version {content['version']}, this ato_optim reads {VERSION}: "
@@ -71,6 +80,13 @@ def load_pruned(dense_model: Model, path: File, map_location: torch.device | str
         raise ValueError(
             "dense_model is on the meta device and holds no weights: dense_model.to_empty(device='cpu') first"
         )
+    if owner_of(model) is not None:
+        raise ValueError(
+            "dense_model has been given to an ATO, which would go on with parameters that are replaced: load first, "
+            "then build the optimizers"
+        )
+    if cut_of(model) is not None:
+        raise ValueError("dense_model is cut already: pass a fresh dense model, and load further weights by state_dict")
     trial = copy_model(model)
     apply_cut(cut, trial)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any, get_args
@@ -63,8 +64,24 @@ def tractable(model: nn.Module) -> None:
         )
 
 
-def unowned(model: nn.Module, owner: Any) -> None:
+OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""The ATO that each model has, while both live."""
+
+
+def owner_of(model: nn.Module) -> Any:
+    """The ATO that has the bare `model`, None if there is none."""
+    return OWNERS.get(model, lambda: None)()
+
+
+def module(argument: str, value: Any) -> None:
+    """`value` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{argument} is a {type(value).__name__}: pass a torch.nn.Module")
+
+
+def unowned(model: nn.Module) -> None:
     """No ATO that has not compressed yet has the model."""
+    owner = owner_of(model)
     if owner is not None and owner.cut is None:
         raise ValueError(
             f"model ({type(model).__name__}) already has an ATO, at step {owner.step_count}: use that one, or "
@@ -147,8 +164,9 @@ def _parameters(base: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def modules(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
     """The modules of `model` that `layers` gives, by themselves or by name."""
-    if isinstance(layers, (str, nn.Module)):
-        raise TypeError(f"ignored_layers={layers if isinstance(layers, str) else type(layers).__name__}: pass a list")
+    if isinstance(layers, (str, nn.Module)) or not isinstance(layers, Iterable):
+        given = type(layers).__name__ if isinstance(layers, nn.Module) else repr(layers)
+        raise TypeError(f"ignored_layers={given}: pass a list of modules, or of their names")
     named = dict(model.named_modules())
     found = []
     for layer in layers:
@@ -259,8 +277,8 @@ def zeroed(step: int, schedule: Schedule, left: float) -> None:
     if left:
         raise ValueError(
             "model holds masked channels that are not zero: its weights were loaded or changed since the last step(). "
-            f"Load those of the same time as the optimizer's; weights from before step {schedule.zero} hold channels "
-            "that were to go, and cannot be cut"
+            f"Load those of the same time as the optimizer's: weights from before step {schedule.zero} hold channels "
+            "that were to go. What moves weights after step(), Lookahead around ATO say, belongs inside, as its base"
         )
 
 

@@ -8,6 +8,7 @@ an averaged copy, a fresh dense model that a file is loaded into, and the optimi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,9 +20,16 @@ from .graph import grouped
 from .groups import Groups
 from .unwrap import skeleton
 
-PLAIN = (bool, int, float, str, type(None))
 CUT = "ato_cut"
 """Attribute of a pruned network's root module that holds its cut, as a dict."""
+_OF_TRAINING = ("inplace", "p", "dropout", "momentum", "sparse", "scale_grad_by_freq")
+"""Settings of torch's modules that change no evaluation."""
+_BATCH_NORMS = {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"}
+"""Classes that evaluate alike."""
+_WAY_OUT = (
+    "pass the dense model from which the pruned one was made, built with the same arguments and with the same layers "
+    "replaced since"
+)
 
 
 @dataclass(frozen=True)
@@ -51,24 +59,34 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(isinstance(v, PLAIN) for v in value))
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` that are plain data, numbers of numpy as Python's."""
+    return {key: plain for key, value in values.items() if (plain := _as_plain(value)) is not NotImplemented}
+
+
+def _as_plain(value: Any) -> Any:
+    """`value` as plain data, NotImplemented if it is none."""
+    if isinstance(value, (bool, str, type(None))):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    plain = tuple(map(_as_plain, value)) if isinstance(value, tuple) else (NotImplemented,)
+    return NotImplemented if NotImplemented in plain else plain
 
 
 def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    return {
-        name: {key: value for key, value in vars(module).items() if _is_plain(value) and key != "training"}
-        for name, module in model.named_modules()
-    }
+    found = {name: _plain(vars(module)) for name, module in model.named_modules()}
+    return {name: {key: value for key, value in values.items() if key != "training"} for name, values in found.items()}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Class and constants (stride ...) of a module, but for those that change no evaluation."""
-    constants = [key for key in getattr(module, "__constants__", ()) if key not in ("inplace", "p")]
-    values = {key: vars(module)[key] for key in constants if _is_plain(vars(module).get(key, []))}
+    """Class and constants (stride ...) of a module."""
+    constants = getattr(module, "__constants__", ())
     # torch.fx makes a class for each of its modules, whose name deepcopy changes.
     name = "GraphModule" if isinstance(module, torch.fx.GraphModule) else type(module).__name__
-    return {"class": name, **values}
+    return {"class": name, **_plain({key: vars(module)[key] for key in constants if key in vars(module)})}
 
 
 def describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
@@ -143,16 +161,21 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
     return replace(cut, attributes={name: values for name, values in attributes.items() if values})
 
 
+def _alike(here: Any, there: Any) -> bool:
+    """Whether a setting, or a class, of two modules evaluates alike."""
+    return here == there or {here, there} <= _BATCH_NORMS
+
+
 def check_cut(cut: Cut, model: nn.Module) -> None:
     """Raise ValueError, naming the first module that differs, unless `cut` was made from a model like `model`."""
     shapes, modules = describe(model)
     for name in dict.fromkeys((*cut.modules, *modules)):
         here, there = modules.get(name, {}), cut.modules.get(name, {})
         for key in dict.fromkeys((*there, *here)):
-            if here.get(key) != there.get(key):
+            if key not in _OF_TRAINING and not _alike(here.get(key), there.get(key)):
                 raise ValueError(
                     f"the cut belongs to another architecture: module '{name}' has {key} {here.get(key)}, expected "
-                    f"{there.get(key)}; pass the dense model from which the pruned one was made"
+                    f"{there.get(key)}; {_WAY_OUT}"
                 )
     for name in dict.fromkeys((*cut.dense, *shapes)):
         here_shape, there_shape = shapes.get(name), cut.dense.get(name)
@@ -160,7 +183,7 @@ def check_cut(cut: Cut, model: nn.Module) -> None:
             module = name.rpartition(".")[0]
             raise ValueError(
                 f"the cut belongs to another architecture: module '{module}' has {name} of shape {here_shape}, "
-                f"expected {there_shape}; pass the dense model from which the pruned one was made"
+                f"expected {there_shape}; {_WAY_OUT}"
             )
 
 
@@ -199,26 +222,22 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """
     check_cut(cut, model)
     kept: dict[int, dict[int, list[int]]] = {}
-    for name, tensor in tensors(model).items():
+    found = tensors(model)
+    for name, tensor in found.items():
         dims = cut.kept.get(name, {})
         if kept.setdefault(id(tensor), dims) != dims:
             raise ValueError(f"{name} is shared by layers that are cut differently: name them in ignored_layers")
     done: dict[int, Tensor] = {}
     replaced: dict[nn.Parameter, nn.Parameter] = {}
-    seen: set[tuple[nn.Module, str]] = set()
     for name, dims in cut.kept.items():
         path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if (owner, leaf) in seen:  # a module under two names
-            continue
-        seen.add((owner, leaf))
-        old = getattr(owner, leaf)
+        old = found[name]
         if id(old) not in done:
             new: Tensor = select(old.detach(), dims)
             if isinstance(old, nn.Parameter):
                 replaced[old] = new = _successor(old, new, dims)
             done[id(old)] = new
-        setattr(owner, leaf, done[id(old)])
+        setattr(model.get_submodule(path), leaf, done[id(old)])
     for name, values in cut.attributes.items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, value)
@@ -234,16 +253,34 @@ def cut_of(model: nn.Module) -> Cut | None:
     return None if cut is None else Cut(**cut)
 
 
+def uncut(model: nn.Module) -> Cut:
+    """The cut that leaves all of `model` as it is."""
+    return Cut({}, {}, *describe(model))
+
+
 def compose(first: Cut, second: Cut) -> Cut:
-    """The cut that does at once what `first`, and then `second` on what it left, does."""
-    kept = {name: dict(dims) for name, dims in first.kept.items()}
-    for name, dims in second.kept.items():
-        for dim, positions in dims.items():
-            before = kept.setdefault(name, {}).get(dim)
-            kept[name][dim] = positions if before is None else [before[k] for k in positions]
-    names = {*first.attributes, *second.attributes}
-    attributes = {name: first.attributes.get(name, {}) | second.attributes.get(name, {}) for name in names}
-    return Cut(kept, attributes, first.dense, first.modules)
+    """The cut that does at once what `first`, and then `second` on what it left, does.
+
+    What was replaced between the two counts as if it had always been what it is for `second`.
+    """
+    kept, dense = {}, {}
+    for name, now in second.dense.items():
+        earlier = {dim: at for dim, at in first.kept.get(name, {}).items() if now[dim : dim + 1] == [len(at)]}
+        later = second.kept.get(name, {})
+        dense[name] = [first.dense[name][dim] if dim in earlier else size for dim, size in enumerate(now)]
+        both = {dim: [at[k] for k in later.get(dim, range(len(at)))] for dim, at in earlier.items()}
+        if earlier or later:
+            kept[name] = later | both
+    attributes, modules = {}, {}
+    for name, settings in second.modules.items():
+        before, after = first.modules.get(name, {}), first.attributes.get(name, {})
+        left = all(settings.get(key, value) == value for key, value in after.items())
+        if not left or not _alike(settings["class"], before.get("class")):
+            after = {}
+        modules[name] = settings | {key: before[key] for key in after if key in settings}
+        if values := after | second.attributes.get(name, {}):
+            attributes[name] = values
+    return Cut(kept, attributes, dense, modules)
 
 
 def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
@@ -265,14 +302,21 @@ def _check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut
     for parameter, state in optimizer.state.items():
         if parameter not in names:  # of a group that was added, not the model's: it stays as it is
             continue
-        dims = len(cut.dense[names[parameter]])
+        dense = cut.dense[names[parameter]]
         for key, value in state.items():
-            if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim not in (0, dims)):
+            if not _follows(value, dense):
                 raise ValueError(
                     f"the state '{key}' of base_optimizer ({type(optimizer).__name__}) does not belong to one "
                     "parameter each and cannot follow the cut: use compress(inplace=False), and a new optimizer "
                     "to train on"
                 )
+
+
+def _follows(value: Any, dense: list[int]) -> bool:
+    """Whether an entry of the state of a parameter of shape `dense` belongs to its positions, or to none of them."""
+    if isinstance(value, Tensor) and value.ndim:
+        return value.ndim == len(dense) and all(n in (1, size) for n, size in zip(value.shape, dense, strict=True))
+    return not isinstance(value, (list, tuple))
 
 
 def carry_state(

@@ -39,8 +39,8 @@ _UNTOLD = (OPTYPE.ELEMENTWISE, OPTYPE.LSTM)
 
 UNREACHED = "is not reached by example_inputs"
 _HIDDEN = (
-    "is not in the graph: no output depends on it, its gradients stay inside, or its output is a view that is changed "
-    "in place"
+    "is not in the graph: no output depends on it, its gradients stay inside (reentrant checkpointing, say), or its "
+    "output is a view that is changed in place (relu(..., inplace=True), say)"
 )
 
 
@@ -146,15 +146,18 @@ def _reason_against(roles: list[Role], names: Mapping[Tensor, str], frozen: set[
     if any(len(role.gates) != role.tensor.shape[role.dim] for role in roles):
         return "is broadcast over channels"
     if any(role.tensor in frozen for role in roles):
-        return "holds parameters that are frozen (requires_grad=False) or not in base_optimizer"
+        return (
+            "holds parameters that are frozen (requires_grad=False) or not in base_optimizer, which is to hold all "
+            "that are trained"
+        )
     if not any(role.kind == "consumers" for role in roles):
         return "is read by no layer of the model"
     return None
 
 
-def _unknown(module: nn.Module) -> str | None:
-    """Why no walk begins or ends at a layer with weights of a kind that torch-pruning does not tell apart."""
-    leaf = next(module.children(), None) is None
+def _unknown(module: nn.Module, pruned: set[Tensor]) -> str | None:
+    """Why no walk begins or ends at a layer with weights, none of them `pruned`, of a kind unknown to torch-pruning."""
+    leaf = next(module.children(), None) is None and pruned.isdisjoint(module.parameters())
     if leaf and any(p.ndim > 1 for p in module.parameters()) and tp.ops.module2type(module) in _UNTOLD:
         return f"is a {type(module).__name__}: convolutions and linear layers of torch.nn are what is pruned"
     return None
@@ -201,7 +204,9 @@ class Discovery:
                     self.left_out[name] = _HIDDEN
                 elif module.weight not in traced.parameters:  # or it is a part of an attention, which reads the weight
                     self.left_out[name] = UNREACHED
-        self.left_out |= {name: reason for module, name in self._modules.items() if (reason := _unknown(module))}
+        pruned = {role.tensor for candidate in self.candidates for role in candidate.roles}
+        unknown = {name: _unknown(module, pruned) for module, name in self._modules.items()}
+        self.left_out |= {name: reason for name, reason in unknown.items() if reason}
 
     def _find(self, walker: Walker, frozen: set[Tensor]) -> None:
         """Walk from every layer whose channels no earlier walk has met."""

@@ -47,7 +47,7 @@ class Masking:
         self._masked = [local(p) for p in parameters]
         self._weights = [p.clone() for p in self._masked]
         self._assigned = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
-        self._buffers = [(buffer, buffer.data.clone()) for buffer in self.model.buffers()]
+        self._buffers = [(buffer, buffer.data.clone()) for buffer in self.model.buffers() if not _expanded(buffer)]
         self.table.scale(parameters, self.gates)
         # autocast keeps low-precision copies of weights, which are stale now.
         torch.clear_autocast_cache()
@@ -74,6 +74,12 @@ class Masking:
         ]
         if pairs:
             torch._foreach_mul_([g for g, _ in pairs], [part for _, part in pairs])
+
+
+def _expanded(tensor: Tensor) -> bool:
+    """Whether entries of `tensor` share their memory: nobody can write it in place, a forward neither."""
+    strided = tensor.layout == torch.strided
+    return strided and any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @torch.no_grad()
@@ -106,10 +112,18 @@ def masked_closure(closure: Callable[[], Any], turn: Masking) -> Callable[[], An
     return evaluate
 
 
-def known_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
-    """`closure`, whose first call has been made already and gave `loss`."""
-    results = [loss]
-    return lambda: results.pop() if results else closure()
+def known_once(closure: Callable[[], Any], loss: Any, model: nn.Module) -> Callable[[], Any]:
+    """`closure`, whose first call has been made already, and gave `loss` and the gradients that `model` has now.
+
+    Who has let go of these since (SAM, after its step uphill) asks for new ones.
+    """
+    results, left = [loss], _gradients(model)
+    return lambda: results.pop() if results and _gradients(model) == left else closure()
+
+
+def _gradients(model: nn.Module) -> list[tuple[int, int]]:
+    """Which gradients there are, and how often each was written."""
+    return [(id(p.grad), p.grad._version) for p in model.parameters() if p.grad is not None]
 
 
 class TurnHooks:
@@ -183,6 +197,7 @@ class TurnHooks:
         if self._sharded:
             output = cloned(output)
 
+        @torch.compiler.disable
         def backward_begins(_: Any) -> None:
             masking.apply()
             torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(masking.undo))
@@ -214,6 +229,7 @@ class _AtTheEnd:
     def __init__(self, action: Callable[[], None]):
         self._action = action
 
+    @torch.compiler.disable
     def __call__(self) -> None:
         self._action()
 

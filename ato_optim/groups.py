@@ -6,7 +6,7 @@ Terms are those of docs/method.md; a zero-invariant group is Chen et al.'s (OTO,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class LeftOut:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class GateTable:
     """For each of several parameters: along one dimension, the gate of every position.
 
@@ -51,11 +51,11 @@ class GateTable:
     gate hold the number of gates, so that a value appended to a vector over gates stands for them.
     """
 
-    names: list[str] = field(default_factory=list)
-    dims: list[int] = field(default_factory=list)
-    ndims: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    gate: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    names: list[str]
+    dims: list[int]
+    ndims: list[int]
+    sizes: list[int]
+    gate: Tensor
 
     def parameters(self, model: nn.Module) -> list[Tensor]:
         """The parameters' data: views whose changes autograd's version counters do not see."""

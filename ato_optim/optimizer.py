@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checks, resume
 from .base import option
 from .budget import least_mask, minimum_widths
-from .compress import Cut, apply_cut, apply_cut_in_training, derive_cut
+from .compress import Cut, apply_cut, apply_cut_in_training, cut_of, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
 from .plan import make_plan
@@ -20,10 +20,7 @@ from .projection import Projection, halfspace, masked_shares, mean_rate, timed
 from .report import Report, report_of
 from .schedule import Schedule
 from .search import Search
-from .unwrap import copy_model, uncompiled_call, unwrap, watch_wrapper
-
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ATO]] = weakref.WeakKeyDictionary()
-"""The ATO that each model has, while both live."""
+from .unwrap import copy_model, uncompiled_call, unwatch_wrapper, unwrap, watch_wrapper
 
 
 class ATO(torch.optim.Optimizer):
@@ -96,7 +93,7 @@ class ATO(torch.optim.Optimizer):
         seed: int = 0,
     ):
         root = checks.base_and_model(base_optimizer, model)
-        checks.unowned(root, _OWNERS.get(root, lambda: None)())
+        checks.unowned(root)
         checks.arguments(
             phases, projection, penalty, interval, controller_lr, forward_fn, target_flops=target_flops,
             total_steps=total_steps, min_width=min_width, streams=streams, round_to=round_to, pull_time=pull_time,
@@ -137,18 +134,19 @@ class ATO(torch.optim.Optimizer):
     # --- a torch.optim.Optimizer ---------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        """Share the base optimizer's groups and state; hook the model."""
-        self.param_groups, self.state = self.base.param_groups, self.base.state
-        _OWNERS[self.model] = weakref.ref(self)
+        """Own and hook the model."""
+        checks.OWNERS[self.model] = weakref.ref(self)
         self._turn: Masking | None = None
         self._hooks = TurnHooks(self.model, self._called, self._request_masking) if self.searching else None
 
+    # torch.optim.Optimizer.__init__ assigns empty ones, and adds the base optimizer's own groups.
+    param_groups = property(lambda self: self.base.param_groups, lambda self, _: None)
+    state = property(lambda self: self.base.state, lambda self, _: None)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer. Its parameters are trained; what is prunable was settled before."""
-        if "param_groups" in vars(self) and self.param_groups is self.base.param_groups:
+        if not any(param_group is group for group in self.param_groups):
             self.base.add_param_group(param_group)
-        else:  # torch.optim.Optimizer.__init__ is collecting the base optimizer's groups
-            super().add_param_group(param_group)
 
     @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -157,15 +155,16 @@ class ATO(torch.optim.Optimizer):
         On a controller turn the controller learns first, and the base optimizer trains the masked network: what
         the mask closes gets no gradient, and buffers stay what they were.
         """
-        if closure is not None and self._turn_due:
-            with torch.enable_grad():
-                loss = closure()
-            closure = known_once(closure, loss)
+        known = closure is not None and self._turn_due
+        with torch.enable_grad():
+            first = closure() if closure is not None and known else None
         turn, done = self._turn, self.step_count + 1
         if self.search is not None and turn is not None:
             self._controller_turn(self.search, turn)
             turn.mask_gradients()
-            closure = closure and masked_closure(closure, turn)
+        if closure is not None:
+            closure = known_once(closure, first, self.model) if known else closure
+            closure = masked_closure(closure, turn) if turn is not None else closure
         loss = self.base.step(closure) if closure is not None else self.base.step()
         self._turn = None
         if self.search is not None:
@@ -181,8 +180,7 @@ class ATO(torch.optim.Optimizer):
         # Hooks stay behind, as do a compiled wrapper, what schedulers have put on the instance, and a turn that has
         # begun: copies of parameters come without gradients.
         own = {key: value for key, value in vars(self).items() if key in self._own}
-        shared = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
-        return {**own, **shared, "_called": self.model}
+        return {**own, "defaults": self.defaults, "_called": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -313,26 +311,26 @@ class ATO(torch.optim.Optimizer):
             inplace: False leaves model and optimizer alone and returns a pruned copy.
 
         Raises:
+            TypeError: if `model` is no module.
             ValueError: before the masked channels are zero, saying how many steps are missing; if they are not
                 zero any more; if `model` is another architecture, or cannot be copied; or in place, if its parameters
                 cannot be replaced (fully_shard), or what `base_optimizer` holds cannot follow. Nothing is changed then.
         """
-        own = model is None or unwrap(model) is self.model
+        checks.module("model", self.model if model is None else model)
+        target = self.model if model is None else unwrap(model)
+        own = target is self.model
         if own and inplace:
             checks.replaceable(self.model)
         if self.target_flops < 1 and self.cut is None:
             left = self.plan.groups.producers.largest_closed(self.model, self.mask) if own else 0.0
             checks.zeroed(self.step_count, self.schedule, left)
         cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask)
-        target = self.model if model is None else unwrap(model)
-        if own and inplace:
-            if self.cut is None:
-                self._apply(cut)
-            return target
-        if not inplace:
-            target = copy_model(target)
-        if not (own and self.cut is not None):
-            apply_cut(cut, target)
+        done = self.cut is not None and cut_of(target) == cut_of(self.model)
+        target = target if inplace else copy_model(target)
+        if not done:
+            self._apply(cut) if target is self.model else apply_cut(cut, target)
+        if target is not self.model or self.step_count >= self.total_steps:  # nothing that is watched for can come
+            unwatch_wrapper(self._called if target is self.model else target)
         return target
 
     def _apply(self, cut: Cut) -> None:

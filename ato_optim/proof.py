@@ -232,7 +232,7 @@ class Trial:
         try:
             pruned, found, counts = self._cut(groups, mask)
         except Exception as error:  # whatever the cut model raises is a reason to leave the group alone
-            return f"cannot go: the forward fails without it ({type(error).__name__}: {_first_line(error)})"
+            return f"cannot go: the forward fails without it ({_named(error)})"
         restore = zero_producers(self.model, groups, mask)
         try:
             with forked_rng(self.device):
@@ -249,8 +249,8 @@ class Trial:
             try:
                 with torch.no_grad():
                     self.forward_fn(pruned.train(), self.inputs)
-            except Exception:
-                return "is read by a layer that runs in training mode only"
+            except Exception as error:
+                return f"cannot go: the forward in training mode fails without it ({_named(error)})"
         return None
 
     def _cut(self, groups: Groups, mask: Tensor) -> tuple[nn.Module, Any, dict[str, int]]:
@@ -301,5 +301,6 @@ class Trial:
         return found or ({layer.root: reason for layer in chosen} if reason else {})
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def _named(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .optimizer import ATO
 
-VERSION = 3
+VERSION = 4
 """Version of the format of state_dict()["ato"]."""
 
 
 def settings(ato: ATO) -> dict[str, Any]:
     """What the rest of a run depends on and a new ATO must be built with again, as plain data."""
-    search = ato.search
     return {
         "parameters": {name: list(shape) for name, shape in ato.plan.shapes.items()},
         "groups": [[layer.root, layer.size] for layer in ato.plan.groups.layers],
@@ -28,9 +27,7 @@ def settings(ato: ATO) -> dict[str, Any]:
         "projection": ato.projection,
         "penalty": [float(value) for value in ato.penalty],
         "epsilon": float(ato.epsilon),
-        "gamma": None if search is None else float(search.gamma),
-        "beta": None if search is None else float(search.beta),
-        "seed": None if search is None else search.seed,
+        **({} if ato.search is None else ato.search.settings),
     }
 
 

@@ -47,8 +47,7 @@ class Schedule:
         search, pull, commit, zero = (int(share * total_steps) for share in phases)
         if interval is None:
             interval = min(max((commit - search) // MANY_TURNS, SMALLEST_INTERVAL), LARGEST_INTERVAL)
-        zero = min(max(zero, commit + 1), max(total_steps, commit + 1))
-        return cls(total_steps, search, pull, commit, zero, interval, max(1.0, pull_time * total_steps))
+        return cls(total_steps, search, pull, commit, max(zero, commit + 1), interval, pull_time * total_steps)
 
     def phase(self, step: int) -> Phase:
         if step < self.search:
@@ -84,7 +83,7 @@ class Schedule:
 
     def steps_left(self, step: int) -> float:
         """Steps that a masked group has until it is zero, at the pull of the update that makes `step` steps done."""
-        return self.pull_steps if step <= self.commit else max(1, self.zero - step + 1)
+        return self.pull_steps if step <= self.commit else self.zero - step + 1
 
     def grown(self, step: int, penalty: tuple[float, float]) -> float:
         """The penalty lambda at `step`: penalty[0] while searching, geometrically to penalty[1] while committing."""

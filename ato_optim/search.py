@@ -40,6 +40,8 @@ class Search:
     ):
         self.plan, self.least, self.target = plan, least, target
         self.gamma, self.beta, self.seed = gamma, beta, seed
+        self.settings = {"gamma": float(gamma), "beta": float(beta), "controller_lr": lr,
+                         "controller_weight_decay": weight_decay, "seed": seed}  # fmt: skip
         self.free = (least < plan.sizes)[plan.layer_of_gate].nonzero().flatten()
         layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
         self.controller = Controller(layer_of_gate.cpu(), seed).to(plan.device)

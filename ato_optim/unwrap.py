@@ -46,8 +46,16 @@ def uncompiled_call(model: nn.Module) -> nn.Module:
 
 def watch_wrapper(model: nn.Module) -> None:
     """Let training forwards of `model`, some parameters of which were replaced, raise in a wrapper that has the old."""
+    unwatch_wrapper(model)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         model.register_forward_pre_hook(_refuse_stale_wrapper)
+
+
+def unwatch_wrapper(model: nn.Module) -> None:
+    """Take back what watch_wrapper put on `model`, or on a model of which it is a copy."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _refuse_stale_wrapper:
+            del model._forward_pre_hooks[key]
 
 
 @torch.compiler.disable

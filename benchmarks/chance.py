@@ -19,7 +19,7 @@ class Chance(Search):
 
     def __init__(self, own: Search):
         self.plan, self.least, self.target = own.plan, own.least, own.target
-        self.gamma, self.beta, self.seed = own.gamma, own.beta, own.seed
+        self.settings = own.settings
         generator = torch.Generator().manual_seed(own.seed)
         self.scores = torch.rand(own.plan.groups.num_gates, generator=generator).to(own.plan.device)
         self.budget = 1.0

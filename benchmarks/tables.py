@@ -139,6 +139,36 @@ def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
     return "\n".join(rows)
 
 
+def from_scratch(runs: Runs) -> str:
+    """One row a model, budget and method whose widths were trained from the start: the choice without the process."""
+    rows = [
+        "| model | budget | widths of | test accuracy of that run, % | of its widths from scratch | "
+        "the run is ahead by | MACs of its training | of theirs | n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    found: dict[tuple[str, float, str], tuple[Runs, Runs]] = defaultdict(lambda: ([], []))
+    for run in runs:
+        (source,) = load(Path(run["arguments"]["widths"]).stem)
+        asked = source["arguments"]
+        sources, members = found[asked["model"], asked["target_flops"], asked["method"]]
+        sources.append(source)
+        members.append(run)
+    for (model, budget, method), pair in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
+        accuracies = [mean(list(by_seed(members).values())) for members in pair]
+        costs = [f"{100 * statistics.mean(training(run) for run in members):.0f} %" for members in pair]
+        cells = [
+            model,
+            f"{100 * budget:.0f} %",
+            method,
+            *accuracies,
+            with_error(lead(*pair)),
+            *costs,
+            str(len(pair[0])),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
     """One row a value of `setting`, of which `default` is what ATO does unasked."""
     rows = [

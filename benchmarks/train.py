@@ -142,7 +142,7 @@ def setting(args: argparse.Namespace) -> tuple[data.Batches, data.Split, nn.Modu
 def evaluated(args: argparse.Namespace) -> dict[str, float]:
     """Accuracy and MACs of the compressed network in a file."""
     batches, test, dense = setting(args)
-    model = load_pruned(dense, args.evaluate, map_location=args.device)
+    model = load_pruned(dense, args.evaluate)
     accuracy, _ = evaluate(model, batches, test)
     example = batches.normalise(test.images[:1])
     return {"accuracy": accuracy, "macs": macs(model, example)}

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ato_optim import ATO
 from ato_optim.cost import count_macs
 from ato_optim.graph import call
-from ato_optim.proof import difference
+from ato_optim.proof import difference, randomise
 from ato_optim.unwrap import tensors_in
 
 STEPS = 10
@@ -125,6 +125,7 @@ def one(name: str) -> dict:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     family, model, inputs = build(name)
+    randomise(model)  # heads of zeros and scales of 1e-6 would hide every wrong cut
     forward = run_detector if family == "detection" else call
     result = {"name": name, "family": family, "parameters": sum(p.numel() for p in model.parameters())}
     arguments = {"total_steps": STEPS, "forward_fn": forward, "streams": 0}  # all that can be cut shall be

@@ -171,6 +171,11 @@ def sharded(rank, world, projection, layout):
     save_pruned(small, file)
     file.seek(0)
     assert torch.equal(load_pruned(plain(), file).eval()(x), small(x))
+    again = fully_shard(optimizer.compress(inplace=False))  # to train on
+    file = io.BytesIO()
+    save_pruned(again, file)
+    file.seek(0)
+    assert torch.equal(load_pruned(plain(), file).eval()(x), small(x))
     return {
         "sums": sums,
         "turns": turns,

@@ -155,7 +155,7 @@ def test_weights_from_before_the_commit_are_not_compressed():
     best = copy.deepcopy(model.state_dict())
     train(model, optimizer, 50, skip=10)
     model.load_state_dict(best)
-    with pytest.raises(ValueError, match=r"not zero.* from before step 19 .*cannot be cut"):
+    with pytest.raises(ValueError, match=r"not zero.* from before step 19 hold channels that were to go"):
         optimizer.compress()
 
 
@@ -280,9 +280,9 @@ def test_models_that_cannot_be_followed_are_refused_by_module(model, message):
     assert not model._forward_pre_hooks and not model._forward_hooks
 
 
-def test_time_in_the_graph_is_limited(monkeypatch):
-    monkeypatch.setattr("ato_optim.graph.SECONDS", 0.0)
+def test_walks_of_the_graph_are_limited(monkeypatch):
+    monkeypatch.setattr("ato_optim.graph.MOST_PLACES", 3)
     model = Residual()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"could be followed in 0 s, up to \w+"):
+    with pytest.raises(ValueError, match=r"more than is followed \(3 places\), up to \w+"):
         ATO(base, model, torch.randn(2, 3, 16, 16), target_flops=0.5, total_steps=10)

@@ -1,8 +1,10 @@
 """A pruned network as a file: read without code, by a fresh process, refused by what it does not fit."""
 
+import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -96,12 +98,108 @@ def test_other_files_and_models_are_refused(saved, tmp_path):
         load_pruned(Residual(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no cut"):
         save_pruned(Residual(), tmp_path / "dense.pt")
-    with pytest.raises(ValueError, match="dense model"):
-        load_pruned(saved[0], saved[1])  # pruned already
+    with pytest.raises(ValueError, match="cut already: pass a fresh dense model"):
+        load_pruned(copy.deepcopy(saved[0]), saved[1])
     with torch.device("meta"):
         bare = Residual()
     with pytest.raises(ValueError, match=r"meta device.*to_empty"):
         load_pruned(bare, saved[1])
+
+
+def test_a_network_that_an_optimizer_holds_already_is_refused(saved):
+    """Its parameters would be others after loading, and training would go on with the old ones, in silence."""
+    model, _optimizer = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="load first, then build the optimizers"):
+        load_pruned(model, saved[1])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(TypeError, match=r"dense_model is a PosixPath: pass a torch\.nn\.Module"):
+        load_pruned(saved[1], model)
+    with pytest.raises(TypeError, match="model is a OrderedDict"):
+        save_pruned(model.state_dict(), saved[1])
+
+
+def test_a_file_of_another_device_loads_where_that_is_not(saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as written_on:
+        written_on.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        save_pruned(saved[0], tmp_path / "small.pt")
+    assert not next(load_pruned(Residual(), tmp_path / "small.pt").parameters()).is_cuda
+
+
+def test_what_changes_no_evaluation_may_differ(tmp_path):
+    """Synchronised norms, and a schedule of their momentum."""
+
+    def synchronised():
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(Residual())
+
+    model, optimizer = make(synchronised)
+    train(model, optimizer, 60)
+    for module in model.modules():
+        if isinstance(module, torch.nn.SyncBatchNorm):
+            module.momentum = 0.01
+    save_pruned(optimizer.compress(), tmp_path / "small.pt")
+    loaded = load_pruned(Residual(), tmp_path / "small.pt")
+    resumed, again = make(synchronised)
+    again.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model.eval()(example())
+        assert torch.equal(loaded.eval()(example()), expected)
+        assert torch.equal(resumed.eval()(example()), expected)
+
+
+def with_head(outputs, activation=torch.nn.ReLU):
+    torch.manual_seed(outputs)
+    model = Residual()
+    model.fc, model.one[2] = torch.nn.Linear(16, outputs), activation()
+    return model
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_layers_that_were_replaced_after_the_cut_belong_to_the_network(saved, again, tmp_path):
+    """Another head and activation, trained on as it is or pruned once more."""
+    model = load_pruned(Residual(), saved[1])
+    model.fc, model.one[2] = torch.nn.Linear(model.fc.in_features, 3), torch.nn.SiLU()
+    if again:
+        optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=9)
+        for k in range(9):
+            optimizer.zero_grad()
+            model(example(seed=k)).square().mean().backward()
+            optimizer.step()
+        optimizer.compress()
+    save_pruned(model, tmp_path / "new.pt")
+    loaded = load_pruned(with_head(3, torch.nn.SiLU), tmp_path / "new.pt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(example()), model.eval()(example()))
+    for other, named in (
+        (with_head(3), "'one.2' has class ReLU, expected SiLU"),
+        (with_head(5, torch.nn.SiLU), "'fc'"),
+    ):
+        with pytest.raises(ValueError, match=f"{named}.*the same layers replaced"):
+            load_pruned(other, tmp_path / "new.pt")
+
+
+def test_sizes_may_be_numbers_of_numpy(tmp_path):
+    """Attributes follow the cut, and the file is plain data."""
+
+    def network(number):
+        torch.manual_seed(0)
+        channels = number(8)
+        norm = torch.nn.BatchNorm2d(channels, eps=np.float64(1e-3) if number is np.int64 else 1e-3)
+        head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(channels, 5))
+        return torch.nn.Sequential(torch.nn.Conv2d(3, channels, 3), norm, torch.nn.ReLU(), *head)
+
+    model = network(np.int64)
+    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=0.5, total_steps=60)
+    train(model, optimizer, 60)
+    small = optimizer.compress()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    torch.load(tmp_path / "state.pt", weights_only=True)
+    assert small[0].out_channels == small[1].num_features == small[5].in_features == len(small[0].weight) < 8
+    save_pruned(small, tmp_path / "small.pt")
+    loaded = load_pruned(network(int), tmp_path / "small.pt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(example()), small.eval()(example()))
 
 
 def test_a_pruned_network_that_is_pruned_again_loads_into_the_dense_one(saved, tmp_path):

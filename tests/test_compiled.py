@@ -182,6 +182,8 @@ def test_averages_are_cut_like_the_model(kind, early):
         bare = getattr(average, "module", average)
         assert {k: v.shape for k, v in bare.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
         averages.append(average.eval()(example()).detach())
+        assert optimizer.compress(model=average) is bare  # a second time nothing is left to do
+        assert difference(optimizer.compress(model=average, inplace=False).eval()(example()), averages[-1]) == 0
     assert difference(*averages) < 5e-3
 
 
@@ -198,3 +200,29 @@ def test_channels_last_survives_the_cut_in_weights_momenta_and_gradients():
         for tensor in (p, p.grad, optimizer.state[p]["momentum_buffer"]):
             assert tensor.is_contiguous(memory_format=torch.channels_last)
     assert len(images) == 4
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_training_step_that_is_compiled_as_a_whole_is_the_plain_one(backend):
+    """Forward, backward and step() in one compiled function."""
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Flatten().double()
+        optimizer = ATO(
+            torch.optim.AdamW(model.parameters(), lr=2e-3), model, example().double(), target_flops=0.5,
+            total_steps=STEPS, interval=1,
+        )  # fmt: skip
+
+        def step(x, y, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        step = torch.compile(step, backend=backend) if compiled else step
+        losses.append([step(x.double(), y).item() for x, y in batches(STEPS)])
+        assert len(optimizer.history) > 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)

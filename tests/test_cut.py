@@ -241,13 +241,9 @@ def test_a_layer_that_the_graph_lost_is_named():
     assert "a view that is changed in place" in left["hidden"]
 
 
-def test_what_was_replaced_since_the_cut_is_refused_by_both_sides(tmp_path):
+def test_weights_that_do_not_fit_are_refused(tmp_path):
     small, _ = pruned(Residual())
     save_pruned(small, tmp_path / "small.pt")
-    head = small.fc
-    small.fc = nn.Linear(head.in_features, 3)
-    with pytest.raises(ValueError, match=r"fc\.(weight|bias) of shape .* where its cut leaves"):
-        save_pruned(small, tmp_path / "other.pt")
     content = torch.load(tmp_path / "small.pt", weights_only=True)
     content["weights"]["fc.bias"] = torch.zeros(3)
     torch.save(content, tmp_path / "other.pt")

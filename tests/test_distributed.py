@@ -92,6 +92,21 @@ def test_a_wrapper_from_before_the_cut_is_found_wherever_it_is(group, given, use
     ranks.step(again, optimizer, x.double(), y)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_network_that_was_trained_in_a_group_is_ready_to_export(group, early):
+    """What watches for old wrappers goes with the last step, and never comes along to copies."""
+    model = ranks.plain()
+    optimizer = ranks.wrap(model, model)
+    for x, y in batches(ranks.STEPS):
+        ranks.step(model, optimizer, x.double(), y)
+        if early and optimizer.removable:
+            optimizer.compress()
+            assert len(model._forward_pre_hooks) == 1
+            torch.jit.script(optimizer.compress(inplace=False))
+    torch.jit.script(optimizer.compress())
+    assert not model._forward_pre_hooks
+
+
 @pytest.mark.parametrize("projection", ["timed", "halfspace"])
 def test_fully_sharded_with_two_processes(two, projection):
     """Rank by rank the same, resumed twice, and what one process does; the cut comes as a whole copy."""

@@ -190,6 +190,48 @@ def test_a_base_optimizer_that_evaluates_more_than_once_trains_one_masked_networ
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+class SharpnessAware(torch.optim.Optimizer):
+    """SAM (Foret et al. 2021) as it is usually written: it has gradients, and its closure is for the second pass."""
+
+    def __init__(self, params, lr, rho=0.05):
+        super().__init__(params, {"lr": lr, "rho": rho})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if any(p.grad is None for group in self.param_groups for p in group["params"]):
+            with torch.enable_grad():
+                closure()
+        found = [(p, p.grad.clone()) for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([gradient.norm() for _, gradient in found]).norm()
+        for p, gradient in found:
+            p.add_(gradient, alpha=self.defaults["rho"] / norm)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for p, gradient in found:
+            p.sub_(gradient, alpha=self.defaults["rho"] / norm)
+            p.sub_(p.grad, alpha=self.defaults["lr"])
+
+
+def test_a_base_optimizer_whose_closure_is_a_second_pass_gets_it():
+    model, optimizer = at_a_turn(base=lambda p: SharpnessAware(p, lr=0.1))
+    twin, base = explicitly_masked_twin(model, optimizer)
+    x, y = next(iter(batches(1)))
+
+    def loss(model):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for network, stepping in ((twin, base), (model, optimizer)):
+        stepping.zero_grad()
+        loss(network)
+        stepping.step(lambda network=network: loss(network))
+    assert optimizer.last_turn == 12
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_masked_weights_are_seen_by_the_training_forward_alone():
     """Evaluation, state_dict, deepcopy, an exception: at every moment of a turn they meet the real weights."""
     model, optimizer = at_a_turn()

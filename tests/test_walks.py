@@ -283,3 +283,43 @@ class Scaled(nn.Module):
 def test_reasons_name_parameters_as_the_model_does():
     left_out = reasons(plan(Scaled(), torch.randn(3, 6)))
     assert "table" in left_out.get("one", "table") and "UnwrappedParameter" not in str(left_out)
+
+
+class InPlace(nn.Module):
+    """A layer whose output is a view, and an activation that writes into it."""
+
+    def __init__(self, layer, norm=nn.Identity):
+        super().__init__()
+        self.one, self.norm, self.two = layer(6, 16), norm(16), layer(16, 5)
+        self.activation = nn.LeakyReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.activation(self.norm(self.one(x))))
+
+
+def convolution(inputs: int, outputs: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+@pytest.mark.filterwarnings("error:input's size at dim=1")
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (InPlace(nn.Linear), torch.randn(2, 7, 6)),
+        (InPlace(convolution, lambda c: nn.InstanceNorm2d(c, affine=True)), torch.randn(2, 6, 8, 8)),
+        (InPlace(convolution, nn.InstanceNorm2d), torch.randn(2, 6, 8, 8)),
+    ],
+    ids=["linear", "affine", "plain"],
+)
+def test_activations_that_write_into_views_are_followed(model, x):
+    optimizer = plan(model, x, target_flops=0.5, total_steps=20, interval=1)
+    assert roots(optimizer) == {"one"} and model.activation.inplace
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = model(x)
+        small = optimizer.compress()
+        torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(small.one.weight) < 16 and getattr(small.norm, "num_features", len(small.one.weight)) < 16
