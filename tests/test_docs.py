@@ -1,5 +1,6 @@
 """Docs and package agree."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ato_optim
 from ato_optim.cost import count_macs
+from ato_optim.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -26,18 +28,38 @@ def test_every_argument_of_ato_and_its_default_are_in_the_quick_start():
     page = PAGES["quickstart.md"]
     for name, parameter in inspect.signature(ato_optim.ATO).parameters.items():
         assert f"`{name}`" in page or f"{name}=" in page, name
-        default = parameter.default
-        if isinstance(default, float):
-            (row,) = [line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line]
-            assert any(float(number) == default for number in re.findall(r"[\d.]+(?:e-?\d+)?", row)), (name, default)
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+        stated = row.split(" | ")[1].strip("`")
+        if parameter.default is inspect.Parameter.empty:
+            assert stated == "required", name
+        elif name not in ("ignored_layers", "forward_fn"):  # said in words
+            assert ast.literal_eval(stated) == parameter.default, name
+
+
+def test_turns_in_the_quick_start_are_those_of_the_schedule():
+    steps, turns = (
+        [int(cell.replace(",", "")) for cell in row.strip("| ").split(" | ")[1:]]
+        for row in re.search(r"(\| T \|.*)\n.*\n(\| turns \|.*)", PAGES["quickstart.md"]).groups()
+    )
+    defaults = inspect.signature(ato_optim.ATO).parameters
+    schedules = [Schedule.over(total, defaults["phases"].default, defaults["pull_time"].default) for total in steps]
+    assert [schedule.turns for schedule in schedules] == turns
+
+
+def anchors(text):
+    """Those that a page's headings have."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_links_within_the_docs_lead_somewhere():
     for name, text in PAGES.items():
         folder = ROOT if name == "README.md" else ROOT / "docs"
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
             if "://" not in target:
-                assert (folder / target).exists(), f"{name}: {target}"
+                path = folder / (target or name)
+                assert path.exists(), f"{name}: {target}"
+                assert not anchor or anchor in anchors(path.read_text()), f"{name}: {target}#{anchor}"
 
 
 def test_no_table_waits_for_its_figures():
