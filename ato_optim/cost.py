@@ -126,6 +126,7 @@ class Kept:
     gate: Tensor
 
     def __call__(self, gates: Tensor) -> Tensor:
+        """Channels that are kept (layers,) if `gates` (gates,) are open."""
         return self.fixed.index_add(0, self.layer, gates[self.gate])
 
     def extended(self, fixed: float, gates: Tensor) -> Kept:
@@ -138,6 +139,7 @@ class Kept:
         )
 
     def to(self, device: torch.device) -> Kept:
+        """The same on `device`."""
         return Kept(self.fixed.to(device), self.layer.to(device), self.gate.to(device))
 
 
@@ -162,6 +164,7 @@ class CostModel:
         return self(torch.ones(self.num_gates, device=self.unit.device)).item()
 
     def to(self, device: torch.device) -> CostModel:
+        """The same on `device`."""
         return CostModel(
             self.constant, self.unit.to(device), self.inputs.to(device), self.outputs.to(device), self.num_gates
         )
@@ -216,7 +219,7 @@ def build_cost(
     outputs = _kept(groups.producers, groups.num_gates, slots[1], totals[1])
     sloping = [(slopes[layer.root], layer) for layer in groups.layers if slopes and layer.root in slopes]
     for slope, layer in sloping:  # one more layer, of one input
-        gates = torch.arange(layer.start, layer.start + layer.size)
+        gates = torch.arange(layer.gates.start, layer.gates.stop)
         outputs = outputs.extended(0.0, gates)
         inputs = inputs.extended(1.0, gates[:0])
         units.append(slope)

@@ -34,6 +34,7 @@ class Masking:
 
     @property
     def on(self) -> bool:
+        """Whether the model is masked now."""
         return self._weights is not None
 
     @torch.no_grad()
@@ -166,11 +167,13 @@ class TurnHooks:
             reshard(module)
 
     def remove(self) -> None:
+        """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: mask the model if `request` says so."""
         self._recover()
         request = self._request() if self._request is not None else None
         if request is None or not module.training or not torch.is_grad_enabled():
@@ -189,6 +192,7 @@ class TurnHooks:
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook: put the weights back, and have them masked again for the backward."""
         masking, self._masking = self._masking, None
         self._ran_masked = masking is not None and not self._recomputing
         if masking is None or self._recomputing:

@@ -32,6 +32,7 @@ class LayerGroup:
 
     @property
     def gates(self) -> slice:
+        """Where its gates are among all."""
         return slice(self.start, self.start + self.size)
 
 
@@ -95,6 +96,7 @@ class GateTable:
         return self.sum([p.abs() for p in self.parameters(model)], len(mask))[~mask].max().item()
 
     def to(self, device: torch.device) -> GateTable:
+        """The same on `device`."""
         return GateTable(self.names, self.dims, self.ndims, self.sizes, self.gate.to(device))
 
 
@@ -115,6 +117,7 @@ class Groups:
 
     @property
     def num_gates(self) -> int:
+        """Gates of all layer groups together."""
         return sum(layer.size for layer in self.layers)
 
     def layer_of_gate(self) -> Tensor:
@@ -123,5 +126,6 @@ class Groups:
         return torch.arange(len(self.layers)).repeat_interleave(sizes)
 
     def to(self, device: torch.device) -> Groups:
+        """The same on `device`."""
         producers, consumers, followers = (t.to(device) for t in (self.producers, self.consumers, self.followers))
         return Groups(self.layers, producers, consumers, followers, self.sides, self.left_out)

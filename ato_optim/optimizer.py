@@ -64,7 +64,8 @@ class ATO(torch.optim.Optimizer):
 
     Warns:
         UserWarning: if the run leaves the controller fewer than 20 turns; if `example_inputs` do not reach all layers
-            that are trained; and, while the controller searches, if no turn comes.
+            that are trained; and, while the controller searches, if no turn comes, if layers that are pruned have been
+            frozen, or if the gradients of a turn are not finite.
     """
 
     def __init__(

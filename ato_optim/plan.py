@@ -44,6 +44,7 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
+        """The model's."""
         return self.layer_of_gate.device
 
     def share(self, mask: Tensor) -> float:

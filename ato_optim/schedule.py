@@ -50,6 +50,7 @@ class Schedule:
         return cls(total_steps, search, pull, commit, max(zero, commit + 1), interval, pull_time * total_steps)
 
     def phase(self, step: int) -> Phase:
+        """The phase after `step` steps."""
         if step < self.search:
             return "warmup"
         if step < self.commit:
