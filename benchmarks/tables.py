@@ -261,13 +261,20 @@ def settings_tables(ato: Runs) -> dict[str, str]:
     return tables
 
 
+def of_ato(runs: Runs) -> Runs:
+    """Those of `runs` that ATO carried out."""
+    return [run for run in runs if run["arguments"]["method"] == "ato"]
+
+
 def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     methods = {method: [run for run in cifar if run["arguments"]["method"] == method] for method in METHODS}
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
     at_45 = budgets(cifar)["0.45"]
     longer_ato, longer_narrow = load("epochs18-resnet20-ato-"), load("epochs22-resnet20-narrow-")
+    as_dense, scratch = load("epochs25-resnet20-ato-"), load("scratch-")
     equal = (
+        ("dense", at_45["dense"], as_dense),
         ("narrow", longer_narrow, at_45["ato"]),
         ("magnitude, cut at 0.32", load("control-cut32-45-"), at_45["ato"]),
         ("magnitude", at_45["magnitude"], longer_ato),
@@ -275,8 +282,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     )
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
+    vgg_weighed = load("vgg16-")
     deeper, deeper_short = load("epochs16-resnet56-"), load("epochs4-resnet56-")
-    vgg_ato = [run for run in vgg if run["arguments"]["method"] == "ato"]
     measured = load("run_cost")
     costs = {name: cost for made in measured for name, cost in made["runs"].items()}
     whole = methods["ato"] + methods["random"] + streams_kept
@@ -290,20 +297,23 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         "equal cost": equal_cost(equal),
-        "equal cost commands": commands(longer_ato + longer_narrow),
+        "equal cost commands": commands(longer_ato + longer_narrow + as_dense),
+        "from scratch": from_scratch(scratch),
+        "from scratch commands": commands(scratch),
         "streams": streams(streams_pruned + methods["magnitude"], whole),
         "streams commands": commands(streams_pruned),
         **settings_tables(at_45["ato"]),
         "vgg": comparison(vgg),
         "vgg controls": other_cuts(floor, vgg),
-        "vgg changed": variants("change", {**by_value(vgg_changed), "default": vgg_ato}, "default"),
+        "vgg changed": variants("change", {**by_value(vgg_changed), "default": of_ato(vgg)}, "default"),
         "vgg longer": comparison(vgg_longer),
         "vgg longest": comparison(vgg_longest),
-        "vgg removal": removal([run for run in vgg_longest + vgg if run["arguments"]["method"] == "ato"], costs),
-        "vgg commands": commands(vgg + floor + vgg_changed + vgg_longer + vgg_longest),
+        "vgg weighed": variants("change", {**by_value(vgg_weighed), "default": of_ato(vgg_longest)}, "default"),
+        "vgg removal": removal(of_ato(vgg_longest + vgg), costs),
+        "vgg commands": commands(vgg + floor + vgg_changed + vgg_longer + vgg_longest + vgg_weighed),
         "deeper": comparison(deeper),
         "deeper short": comparison(deeper_short),
-        "deeper removal": removal([run for run in deeper + deeper_short if run["arguments"]["method"] == "ato"], costs),
+        "deeper removal": removal(of_ato(deeper + deeper_short), costs),
         "deeper commands": commands(deeper + deeper_short),
         "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "step cost": step_cost(),

@@ -1,10 +1,15 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+# Processes that tests start import this checkout, too, whatever is installed.
+others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), *others])
 torch.set_num_threads(1)
 
 

@@ -104,6 +104,19 @@ def test_a_killed_run_goes_on_to_the_same_result(early, tmp_path):
         assert resumed[key] == whole[key], key
 
 
+def test_widths_from_scratch_stand_beside_the_run_that_found_them(monkeypatch):
+    sources = {f"ato-{seed}": finished("ato", seed, 87.0 + seed, model="resnet20") for seed in range(2)}
+    runs = [
+        finished("narrow", seed, 86.5, model="resnet20", widths=f"benchmarks/results/ato-{seed}.json")
+        for seed in range(2)
+    ]
+    monkeypatch.setattr(tables, "load", lambda name: [sources[name]])
+    (row,) = tables.from_scratch(runs).splitlines()[2:]
+    assert [cell.strip() for cell in row.strip("| ").split("|")] == [
+        "resnet20", "45 %", "ato", "87.50 ± 0.71", "86.50 ± 0.00", "+1.00 ± 0.50", "63 %", "45 %", "2",
+    ]  # fmt: skip
+
+
 def finished(method, seed, accuracy, budget=0.45, **more):
     arguments = {"method": method, "seed": seed, "target_flops": budget, "ato": {}, "early": True} | more
     kept = 1.0 if method == "dense" else budget

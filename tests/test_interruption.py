@@ -1,7 +1,6 @@
 """Interruption loses nothing: real processes, killed at random moments; checkpoints of other runs are refused."""
 
 import copy
-import os
 import random
 import subprocess
 import sys
@@ -25,9 +24,7 @@ def log_of(folder):
 
 
 def start(folder, when):
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "interrupted.py"), str(folder), when]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    return subprocess.Popen([sys.executable, str(HERE / "interrupted.py"), str(folder), when])
 
 
 @pytest.mark.parametrize("when", ["late", "early"])
