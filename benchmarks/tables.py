@@ -272,13 +272,15 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
     at_45 = budgets(cifar)["0.45"]
     longer_ato, longer_narrow = load("epochs18-resnet20-ato-"), load("epochs22-resnet20-narrow-")
-    as_dense, scratch = load("epochs25-resnet20-ato-"), load("scratch-")
+    as_dense, scratch, early_cut = load("epochs25-resnet20-ato-"), load("scratch-"), load("early18-")
     equal = (
         ("dense", at_45["dense"], as_dense),
         ("narrow", longer_narrow, at_45["ato"]),
+        ("narrow; ato cuts at 0.15", longer_narrow, early_cut),
         ("magnitude, cut at 0.32", load("control-cut32-45-"), at_45["ato"]),
         ("magnitude", at_45["magnitude"], longer_ato),
         ("magnitude, streams whole", load("control-streams-45-"), longer_ato),
+        ("magnitude; ato cuts at 0.15", at_45["magnitude"], early_cut),
     )
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
@@ -297,7 +299,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         "equal cost": equal_cost(equal),
-        "equal cost commands": commands(longer_ato + longer_narrow + as_dense),
+        "equal cost commands": commands(longer_ato + early_cut + longer_narrow + as_dense),
         "from scratch": from_scratch(scratch),
         "from scratch commands": commands(scratch),
         "streams": streams(streams_pruned + methods["magnitude"], whole),
