@@ -125,7 +125,9 @@ def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
         "| control | epochs | cost | test accuracy, % | ato's epochs | cost | test accuracy, % | ato is ahead by | n |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, control, ato in pairs:
+    for name, *both in pairs:
+        seeds = set.intersection(*(set(by_seed(runs)) for runs in both))
+        control, ato = ([run for run in runs if run["arguments"]["seed"] in seeds] for runs in both)
         found = [
             [
                 f"{members[0]['arguments']['epochs']}",
