@@ -71,10 +71,11 @@ def run(folder: Path, early: bool) -> None:
             scheduler.step()
             if early and optimizer.removable:
                 optimizer.compress()
-            if random.Random(-step).random() < 0.5:
-                save(step + 1)
+            # Before the checkpoint: a process that is killed between the two does the step, and the line, again.
             log.write(f"{step} {optimizer.phase} {checksum(model, optimizer, scheduler)}\n")
             log.flush()
+            if random.Random(-step).random() < 0.5:
+                save(step + 1)
 
 
 if __name__ == "__main__":
