@@ -23,3 +23,13 @@ def with_inner(base: Optimizer) -> list[Optimizer]:
         inner = [leaf for leaf in _pytree.tree_leaves(held) if isinstance(leaf, Optimizer)]
         found += [other for other in inner if all(other is not known for known in found)]
     return found
+
+
+def of_base(name: str) -> Any:
+    """An attribute that is the base optimizer's own at any time: it assigns others when a state_dict is loaded."""
+
+    def assigned(self: Any, value: Any) -> None:
+        if value:  # torch.optim.Optimizer.__init__ begins with empty ones
+            raise AttributeError(f"{name} is the base optimizer's: assign to optimizer.base.{name}")
+
+    return property(lambda self: getattr(self.base, name), assigned)

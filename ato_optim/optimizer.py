@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, resume
-from .base import option
+from .base import of_base, option
 from .budget import least_mask, minimum_widths
-from .compress import Cut, apply_cut, apply_cut_in_training, cut_of, derive_cut
+from .carry import apply_cut_in_training
+from .compress import Cut, apply_cut, cut_of, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
 from .plan import make_plan
@@ -140,9 +141,7 @@ class ATO(torch.optim.Optimizer):
         self._turn: Masking | None = None
         self._hooks = TurnHooks(self.model, self._called, self._request_masking) if self.searching else None
 
-    # torch.optim.Optimizer.__init__ assigns empty ones, and adds the base optimizer's own groups.
-    param_groups = property(lambda self: self.base.param_groups, lambda self, _: None)
-    state = property(lambda self: self.base.state, lambda self, _: None)
+    param_groups, state = of_base("param_groups"), of_base("state")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer. Its parameters are trained; what is prunable was settled before."""

@@ -334,3 +334,59 @@ def test_the_pull_does_not_depend_on_the_default_dtype():
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert not torch.equal(make()[0].state_dict()["stem.0.weight"], ends[0]["stem.0.weight"])
+
+
+def test_groups_and_state_are_the_bases_own_also_after_it_has_loaded_others():
+    """Else a scheduler moves learning rates that nobody reads."""
+    model, optimizer = make()
+    train(model, optimizer, 3)
+    optimizer.base.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+    assert optimizer.param_groups is optimizer.base.param_groups and optimizer.state is optimizer.base.state
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.0)
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with pytest.raises(AttributeError, match=r"param_groups is the base optimizer's: assign to optimizer\.base"):
+        optimizer.param_groups = [{"params": [], "lr": 0.1}]
+
+
+class Preconditioned(torch.optim.SGD):
+    """Holds a matrix of the size of each weight's first dimension, as Shampoo does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim > 1:
+                    self.state[p]["preconditioner"] = torch.eye(len(p)).expand(*[1] * (p.ndim - 2), -1, -1)
+        return super().step(closure)
+
+
+def test_state_of_another_shape_than_its_parameter_is_not_cut():
+    torch.manual_seed(0)
+    model = Residual()
+    base = Preconditioned(model.parameters(), lr=0.01)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, interval=1)
+    train(model, optimizer, 20)
+    shapes = [p.shape for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"the state 'preconditioner' .* cannot follow the cut"):
+        optimizer.compress()
+    assert [p.shape for p in model.parameters()] == shapes
+
+
+class Expanded(Flatten):
+    """A buffer whose entries share their memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offset", torch.ones(1).expand(5))
+
+    def forward(self, x):
+        return super().forward(x) + self.offset
+
+
+def test_a_buffer_that_is_expanded_survives_turns():
+    model, optimizer = make(Expanded)
+    train(model, optimizer, 60)
+    assert len(optimizer.history) > 2
+    expected = model.eval()(example())
+    assert difference(expected, optimizer.compress()(example())) < 1e-5

@@ -323,3 +323,17 @@ def test_activations_that_write_into_views_are_followed(model, x):
         small = optimizer.compress()
         torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
     assert len(small.one.weight) < 16 and getattr(small.norm, "num_features", len(small.one.weight)) < 16
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def test_a_module_whose_scale_is_pruned_is_not_among_what_is_left_alone():
+    optimizer = plan(nn.Sequential(nn.Linear(6, 16), Scale(), nn.ReLU(), nn.Linear(16, 5)), torch.randn(3, 6))
+    assert roots(optimizer) == {"0"} and "1" not in reasons(optimizer)
