@@ -7,7 +7,6 @@ What stands in a page between <!-- NAME --> and <!-- end --> is written anew; th
 
 import inspect
 import json
-import re
 import statistics
 import textwrap
 from collections import defaultdict
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import draw_accuracy, draw_layers, draw_report
+from pages import fill, percent, table
 from runs import METHODS, ROOT, Runs, budgets, by_seed, grouped, lead, load, mean, training, with_error
 from zoo_tables import load_zoo, zoo_tables
 
@@ -31,31 +31,44 @@ PAPER = (
 """Networks and budgets of Wu et al. 2024 on CIFAR-10, and the change of accuracy that they report."""
 
 
+COMPARED = (
+    "test accuracy, %", "change", "ato is ahead by", "MACs kept", "parameters kept", "MACs of training", "n",
+)  # fmt: skip
+"""Columns of a method in a comparison, after its name."""
+
+
 def comparison(runs: Runs) -> str:
     """One row a budget and method: accuracy, change against dense, lead of ato, what is kept, cost of training."""
     rows = [
-        "| budget | method | test accuracy, % | change | ato is ahead by | MACs kept | parameters kept | "
-        "MACs of training | n |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        [percent(float(budget)), method, *compared(method, methods)]
+        for budget, methods in budgets(runs).items()
+        for method in methods
     ]
-    for budget, methods in budgets(runs).items():
-        rows += [f"| {100 * float(budget):.0f} % | {' | '.join(cells(method, methods))} |" for method in methods]
-    return "\n".join(rows)
+    return table(["budget", "method", *COMPARED], rows)
 
 
-def cells(method: str, methods: dict[str, Runs]) -> list[str]:
-    """A method's row of the comparison, without the budget; `methods` are all that have the same budget."""
+def compared(method: str, methods: dict[str, Runs]) -> list[str]:
+    """The cells COMPARED of a method; `methods` are all that have the same budget."""
     members = methods[method]
     return [
-        method,
         mean(list(by_seed(members).values())),
         "" if method == "dense" else with_error(lead(members, methods.get("dense", []))),
         "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members)),
         mean([100 * run["macs_kept"] for run in members], "{:.1f}") + " %",
-        mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}") + " %",
-        f"{100 * statistics.mean(training(run) for run in members):.0f} %",
+        parameters(members),
+        training_cost(members),
         f"{len(by_seed(members))}",
     ]
+
+
+def parameters(runs: Runs) -> str:
+    """The parameters that are kept."""
+    return mean([100 * run["parameters"] / run["dense_parameters"] for run in runs], "{:.1f}") + " %"
+
+
+def training_cost(runs: Runs) -> str:
+    """The MACs of the training, over a dense run's."""
+    return percent(statistics.mean(training(run) for run in runs))
 
 
 def short(arguments: dict[str, Any]) -> str:
@@ -65,50 +78,37 @@ def short(arguments: dict[str, Any]) -> str:
 
 def other_cuts(controls: Runs, runs: Runs) -> str:
     """The comparison's row for each other way to cut by magnitude; `runs` are those that the comparison shows."""
-    rows = [
-        "| budget | cut at | torch-pruning's arguments | test accuracy, % | change | ato is ahead by | MACs kept | "
-        "parameters kept | MACs of training | n |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for budget, methods in budgets(runs).items():
         ways = grouped([run for run in controls if str(run["arguments"]["target_flops"]) == budget], "cut_at", "pruner")
         for (cut_at, _), members in ways.items():
             pruner = short(members[0]["arguments"]["pruner"])
-            found = cells("magnitude", {**methods, "magnitude": members})[1:]
-            rows.append(f"| {100 * float(budget):.0f} % | {cut_at} | {pruner} | {' | '.join(found)} |")
-    return "\n".join(rows)
+            found = compared("magnitude", {**methods, "magnitude": members})
+            rows.append([percent(float(budget)), cut_at, pruner, *found])
+    return table(["budget", "cut at", "torch-pruning's arguments", *COMPARED], rows)
 
 
 def streams(pruned: Runs, whole: Runs) -> str:
     """One row a budget and method that was run both ways: with residual streams pruned like the rest, and whole."""
-    rows = [
-        "| budget | method | streams pruned | streams whole | gain | n |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
     keys = "target_flops", "method"
-    others = grouped(pruned, *keys)
+    others, rows = grouped(pruned, *keys), []
     for (budget, method), members in sorted(grouped(whole, *keys).items(), reverse=True):
         before = others[budget, method]
         both = by_seed(members).keys() & by_seed(before).keys()
         ways = [mean([value for seed, value in by_seed(runs).items() if seed in both]) for runs in (before, members)]
-        gain = with_error(lead(members, before))
-        rows.append(f"| {100 * float(budget):.0f} % | {method} | {' | '.join(ways)} | {gain} | {len(both)} |")
-    return "\n".join(rows)
+        rows.append([percent(float(budget)), method, *ways, with_error(lead(members, before)), f"{len(both)}"])
+    return table(["budget", "method", "streams pruned", "streams whole", "gain", "n"], rows)
 
 
 def paper_scale(runs: dict[str, Runs]) -> str:
     """The comparison for the networks of the paper's CIFAR-10 table, by model; cells without runs stay empty."""
-    rows = [
-        "| model | budget | paper's change | method | test accuracy, % | change | ato is ahead by | MACs kept | "
-        "parameters kept | MACs of training | n |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for model, budget, change in PAPER:
         methods = budgets(runs[model]).get(str(budget), {})
         for method in ("dense", "narrow", "magnitude", "ato"):
-            found = cells(method, methods) if methods.get(method) else [method, *[""] * 7]
-            rows.append(f"| {model} | {100 * budget:.0f} % | {change} | {' | '.join(found)} |")
-    return "\n".join(rows)
+            found = compared(method, methods) if methods.get(method) else [""] * len(COMPARED)
+            rows.append([model, percent(budget), change, method, *found])
+    return table(["model", "budget", "paper's change", "method", *COMPARED], rows)
 
 
 def by_value(runs: Runs) -> dict[str, Runs]:
@@ -121,10 +121,7 @@ def by_value(runs: Runs) -> dict[str, Runs]:
 
 def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
     """One row a control: its runs beside those of ato that cost as much, in epochs of the dense network's training."""
-    rows = [
-        "| control | epochs | cost | test accuracy, % | ato's epochs | cost | test accuracy, % | ato is ahead by | n |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, *both in pairs:
         seeds = set.intersection(*(set(by_seed(runs)) for runs in both))
         control, ato = ([run for run in runs if run["arguments"]["seed"] in seeds] for runs in both)
@@ -137,17 +134,13 @@ def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
             for members in (control, ato)
         ]
         ahead = lead(ato, control)
-        rows.append(f"| {name} | {' | '.join(found[0] + found[1])} | {with_error(ahead)} | {len(ahead)} |")
-    return "\n".join(rows)
+        rows.append([name, *found[0], *found[1], with_error(ahead), f"{len(ahead)}"])
+    measured = ["cost", "test accuracy, %"]
+    return table(["control", "epochs", *measured, "ato's epochs", *measured, "ato is ahead by", "n"], rows)
 
 
 def from_scratch(runs: Runs) -> str:
     """One row a model, budget and method whose widths were trained from the start: the choice without the process."""
-    rows = [
-        "| model | budget | widths of | test accuracy of that run, % | of its widths from scratch | "
-        "the run is ahead by | MACs of its training | of theirs | n |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
     found: dict[tuple[str, float, str], tuple[Runs, Runs]] = defaultdict(lambda: ([], []))
     for run in runs:
         (source,) = load(Path(run["arguments"]["widths"]).stem)
@@ -155,64 +148,57 @@ def from_scratch(runs: Runs) -> str:
         sources, members = found[asked["model"], asked["target_flops"], asked["method"]]
         sources.append(source)
         members.append(run)
+    rows = []
     for (model, budget, method), pair in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
         accuracies = [mean(list(by_seed(members).values())) for members in pair]
-        costs = [f"{100 * statistics.mean(training(run) for run in members):.0f} %" for members in pair]
-        cells = [
-            model,
-            f"{100 * budget:.0f} %",
-            method,
-            *accuracies,
-            with_error(lead(*pair)),
-            *costs,
-            str(len(pair[0])),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        costs = [training_cost(members) for members in pair]
+        rows.append([model, percent(budget), method, *accuracies, with_error(lead(*pair)), *costs, f"{len(pair[0])}"])
+    columns = ["model", "budget", "widths of", "test accuracy of that run, %", "of its widths from scratch"]
+    return table([*columns, "the run is ahead by", "MACs of its training", "of theirs", "n"], rows)
 
 
 def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
     """One row a value of `setting`, of which `default` is what ATO does unasked."""
-    rows = [
-        f"| {setting} | test accuracy, % | the default is ahead by | parameters kept | MACs of training | n |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for value, members in sorted(groups.items()):
         ahead = "" if value == default else with_error(lead(groups[default], members))
-        parameters = mean([100 * run["parameters"] / run["dense_parameters"] for run in members], "{:.1f}")
         accuracy = list(by_seed(members).values())
-        cost = f"{100 * statistics.mean(training(run) for run in members):.0f} %"
-        rows.append(f"| {value} | {mean(accuracy)} | {ahead} | {parameters} % | {cost} | {len(accuracy)} |")
-    return "\n".join(rows)
+        rows.append([value, mean(accuracy), ahead, parameters(members), training_cost(members), f"{len(accuracy)}"])
+    columns = ["test accuracy, %", "the default is ahead by", "parameters kept", "MACs of training", "n"]
+    return table([setting, *columns], rows)
 
 
 def removal(runs: Runs, costs: dict[str, Any]) -> str:
     """What the cut changed and what it saves, of the runs of ATO; `costs` are those of run_cost.py, by name."""
-    rows = [
-        "| run | step of the cut | accuracy before, % | after, % | largest logit | largest difference | "
-        "latency before, ms | after, ms | time over SGD's, cut early | cut at the end |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for run in runs:
         cut, a, ms = run["at_cut"], run["arguments"], run["at_cut"]["latency_ms"]
         time = costs.get(run["name"], {}).get("run", {})
-        early, late = (f"{time[key]:.2f}" if time else "" for key in ("early", "at the end"))
         precision = run["precision"].removeprefix("torch.")
         rows.append(
-            f"| {a['model']}, {100 * a['target_flops']:.0f} %, seed {a['seed']}, {precision} | {cut['step']} | "
-            f"{cut['accuracy_before']:.2f} | {cut['accuracy_after']:.2f} | {cut['largest_logit']:.1f} | "
-            f"{cut['largest_logit_difference']:.1e} | {ms['before']:.1f} | {ms['after']:.1f} | {early} | {late} |"
+            [
+                f"{a['model']}, {percent(a['target_flops'])}, seed {a['seed']}, {precision}",
+                f"{cut['step']}",
+                *(f"{cut[key]:.2f}" for key in ("accuracy_before", "accuracy_after")),
+                f"{cut['largest_logit']:.1f}",
+                f"{cut['largest_logit_difference']:.1e}",
+                *(f"{ms[key]:.1f}" for key in ("before", "after")),
+                *(f"{time[key]:.2f}" if time else "" for key in ("early", "at the end")),
+            ]
         )
-    return "\n".join(rows)
+    measured = ["accuracy before, %", "after, %", "largest logit", "largest difference"]
+    times = ["latency before, ms", "after, ms", "time over SGD's, cut early", "cut at the end"]
+    return table(["run", "step of the cut", *measured, *times], rows)
 
 
 def step_cost() -> str:
     """The ratios of step_cost.py."""
     result = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
-    rows = ["| step | median, ms | over SGD |", "| --- | --- | --- |"]
-    rows += [f"| {name} | {ms} | {result['ratio_to_SGD'][name]:.3f} |" for name, ms in result["milliseconds"].items()]
+    rows = [[name, f"{ms}", f"{result['ratio_to_SGD'][name]:.3f}"] for name, ms in result["milliseconds"].items()]
     setting = f"{result['model']}, batch {result['batch']}, {result['size']} x {result['size']}, {result['hardware']}"
-    return "\n".join([*rows, "", f"{setting}, n = {result['n']}: `{result['command']}`"])
+    return "\n".join(
+        [table(["step", "median, ms", "over SGD"], rows), "", f"{setting}, n = {result['n']}: `{result['command']}`"]
+    )
 
 
 def setting(run: dict[str, Any]) -> str:
@@ -233,16 +219,6 @@ def commands(runs: Runs) -> str:
     return "\n\n".join([*parts, "</details>"])
 
 
-def fill(page: Path, tables: dict[str, str]) -> None:
-    """Write `tables` into their places in `page`."""
-    text = page.read_text()
-    for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert pattern.search(text), f"{page} has no place for: {name}"
-        text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
-    page.write_text(text)
-
-
 def settings_tables(ato: Runs) -> dict[str, str]:
     """What settings of ATO do, with residual streams pruned like any other layer and, as by default, whole.
 
@@ -251,15 +227,15 @@ def settings_tables(ato: Runs) -> dict[str, str]:
     before = budgets(load("streams-0-"))["0.45"]["ato"]
     defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
     tables = {}
-    for table, setting, default, pruned, whole in (
+    for place, setting, default, pruned, whole in (
         ("capacity", "beta", str(defaults["beta"]), load("capacity-"), load("beta-")),
         ("cut", "cut at", str(defaults["phases"][-1]), load("cut-"), load("whole-")),
     ):
-        tables[table] = variants(setting, {**by_value(pruned), default: before}, default)
-        tables[f"{table} whole"] = variants(setting, {**by_value(whole), default: ato}, default)
-        tables[f"{table} commands"] = commands(pruned + whole)
-    for table, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
-        tables |= {table: variants("change", by_value(made), "default"), f"{table} commands": commands(made)}
+        tables[place] = variants(setting, {**by_value(pruned), default: before}, default)
+        tables[f"{place} whole"] = variants(setting, {**by_value(whole), default: ato}, default)
+        tables[f"{place} commands"] = commands(pruned + whole)
+    for place, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
+        tables |= {place: variants("change", by_value(made), "default"), f"{place} commands": commands(made)}
     return tables
 
 

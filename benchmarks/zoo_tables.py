@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
+from pages import table
 from runs import ROOT
 
 
@@ -16,23 +17,30 @@ def load_zoo() -> dict[str, Any]:
 
 def zoo(models: dict[str, dict[str, Any]]) -> str:
     """One row a model."""
-    rows = [
-        "| model | groups | prunable MACs | least budget | kept of asked | largest difference | MACs as predicted | "
-        "exports | construction, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    columns = [
+        *("model", "groups", "prunable MACs", "least budget", "kept of asked", "largest difference"),
+        *("MACs as predicted", "exports", "construction, s"),
     ]
+    rows = []
     for name, found in models.items():
         if "difference" not in found:
-            rows.append(f"| {name} | not pruned: {found.get('refused') or found['error']} |  |  |  |  |  |  |  |")
+            refused = f"not pruned: {found.get('refused') or found['error']}"
+            rows.append([name, refused, *[""] * (len(columns) - 2)])
             continue
-        exports = "yes" if found["exports"] else "**no**" if found["dense_exports"] else "nor does the dense one"
         rows.append(
-            f"| {name} | {found['groups']} | {found['covered']:.1%} | {found['least']:.3f} | "
-            f"{found['kept']:.4f} of {found['budget']:.4f} | {found['difference']:.0e} | "
-            f"{'yes' if found['predicted_macs'] == found['measured_macs'] else '**no**'} | {exports} | "
-            f"{found['seconds']:.1f} |"
+            [
+                name,
+                f"{found['groups']}",
+                f"{found['covered']:.1%}",
+                f"{found['least']:.3f}",
+                f"{found['kept']:.4f} of {found['budget']:.4f}",
+                f"{found['difference']:.0e}",
+                "yes" if found["predicted_macs"] == found["measured_macs"] else "**no**",
+                "yes" if found["exports"] else "**no**" if found["dense_exports"] else "nor does the dense one",
+                f"{found['seconds']:.1f}",
+            ]
         )
-    return "\n".join(rows)
+    return table(columns, rows)
 
 
 def zoo_summary(models: dict[str, dict[str, Any]]) -> str:
@@ -67,9 +75,9 @@ def zoo_reasons(models: dict[str, dict[str, Any]]) -> str:
             merged[re.sub(r"\(.*\)$|(?<= at ).*|(?<=channels where ).*", "...", re.sub(r"\d+", "n", reason))] += layers
         for reason, layers in merged.items():
             found[reason].append(layers)
-    rows = ["| the layer ... | models | layers |", "| --- | --- | --- |"]
     most = sorted(found.items(), key=lambda item: -len(item[1]))
-    return "\n".join([*rows, *(f"| {reason} | {len(layers)} | {sum(layers)} |" for reason, layers in most)])
+    rows = [[reason, f"{len(layers)}", f"{sum(layers)}"] for reason, layers in most]
+    return table(["the layer ...", "models", "layers"], rows)
 
 
 def zoo_tables(measured: dict[str, Any]) -> dict[str, str]:
