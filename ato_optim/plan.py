@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .budget import least_mask, minimum_widths
+from .conditions import forked_rng, other_counts
 from .cost import CostModel, build_cost, count_weights, counted
 from .discovery import Discovery
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .proof import Trial, forked_rng, wandering_layer
+from .proof import Trial
 from .report import Width
 from .threads import one_at_a_time
 from .unwrap import copy_model
@@ -125,19 +127,7 @@ def make_plan(
     device = next(model.parameters()).device
     with forked_rng(device):
         copied = copy_model(model)
-        try:
-            _, counts = counted(copied, example_inputs, forward_fn)
-        except Exception as error:
-            raise ValueError(
-                f"example_inputs ({_describe(example_inputs)}) are refused by the model on {device} "
-                f"({type(error).__name__}: {error}): pass what one forward takes, or a forward_fn that runs it"
-            ) from error
-        layer = wandering_layer(copied, example_inputs, forward_fn, counts)
-        if layer is not None:
-            raise ValueError(
-                f"model ({type(model).__name__}) calls its layer '{layer}' for some inputs only: what holds for one "
-                "forward need not hold for another. Pass a forward_fn that runs all of its layers"
-            )
+        counts = _layer_counts(model, copied, example_inputs, forward_fn)
         twin = dict(zip(model.modules(), copied.modules(), strict=True))
         parameters = dict(zip(model.parameters(), copied.parameters(), strict=True))
         frozen = [there for here, there in parameters.items() if here not in trained]
@@ -165,6 +155,33 @@ def make_plan(
         torch.tensor([layer.summed for layer in groups.layers], dtype=torch.bool, device=device),
         {name: tuple(p.shape) for name, p in model.named_parameters()},
     )
+
+
+def _layer_counts(model: nn.Module, copied: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> dict[str, int]:
+    """MACs by layer (see counted) of `copied`, a copy of `model`; refused if it cannot run, or leaves out layers."""
+    try:
+        _, counts = counted(copied, example_inputs, forward_fn)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs ({_describe(example_inputs)}) are refused by the model on "
+            f"{next(model.parameters()).device} ({type(error).__name__}: {error}): pass what one forward takes, or a "
+            "forward_fn that runs it; of a forward that differentiates, one that runs the layers alone"
+        ) from error
+    others = other_counts(copied, example_inputs, forward_fn, counts)
+    uneven = sorted(name for name in counts if name and counts[name] != others[name])
+    for layer in uneven:
+        if not counts[layer] or not others[layer]:
+            raise ValueError(
+                f"model ({type(model).__name__}) calls its layer '{layer}' for some inputs only: what holds for one "
+                "forward need not hold for another. Pass a forward_fn that runs all of its layers"
+            )
+    if uneven:
+        warnings.warn(
+            f"model ({type(model).__name__}) gives its layer '{uneven[0]}' more to do for some inputs than for others: "
+            "MACs, and the budget, are those of a forward on example_inputs with the weights of now",
+            stacklevel=5,
+        )
+    return counts
 
 
 def _describe(inputs: Any) -> str:

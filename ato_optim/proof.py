@@ -4,59 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .budget import minimum_widths
 from .compress import apply_cut, derive_cut
+from .conditions import TOLERANCE, forked_rng, in_float64, randomise, telling_inputs
 from .cost import build_cost, counted
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .unwrap import copy_model, sharing_copy, tensors_in
+from .unwrap import sharing_copy, tensors_in
 
-TOLERANCE = 1e-8
-"""Largest difference of outputs, relative to the largest of all, where the trial runs in float64 throughout."""
-COARSE_TOLERANCE = 1e-4
-"""The same where the model insists on a lower precision."""
 MACS_OF_TRIALS = 5e9
 """Pairs of trials are as many as forwards that cost this together, from one to MOST_PAIRS."""
 MOST_PAIRS = 3
 
 
 _UNPREDICTED = "its share of the MACs cannot be predicted"
-
-
-def forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """A context after which the random states of the CPU and of `device` are what they were."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-@torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Put `model` in eval mode, without what hides that a cut is not exact: the constants of a fresh network.
-
-    Biases and means of zero do, and so does a last layer of zeros, or a scale of 1e-6 in front of a branch.
-    """
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(tensor: Tensor) -> Tensor:
-        return torch.rand(tensor.shape, generator=generator).to(tensor)
-
-    for parameter in model.parameters():
-        if not parameter.is_floating_point() or not parameter.numel():
-            continue
-        if parameter.ndim == 1 or parameter.min() == parameter.max():
-            parameter.add_(noise(parameter), alpha=0.5)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.add_(noise(buffer), alpha=0.5)
+_UNSEEN = (
+    "changes no output on example_inputs: pass others (masks of ones), or a forward_fn that returns what it changes"
+)
 
 
 def _shares(size: int) -> list[int]:
@@ -99,77 +69,6 @@ def _least(groups: Groups, chosen: Sequence[LayerGroup], min_width: float) -> Te
     return mask
 
 
-def _redrawn(example_inputs: Any) -> Any:
-    """The example inputs with floating-point tensors drawn anew, with a mean of the other sign."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return (torch.randn(leaf.shape, generator=generator) + (-1 if leaf.mean() > 0 else 1)).to(leaf)
-
-    return _pytree.tree_map(draw, example_inputs)
-
-
-def _telling_inputs(example_inputs: Any) -> Any:
-    """The example inputs, drawn anew if a floating-point tensor is constant: zeros would hide what is not exact."""
-    floats = [t for t in _pytree.tree_leaves(example_inputs) if isinstance(t, Tensor) and t.is_floating_point()]
-    telling = all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats)
-    return example_inputs if telling else _redrawn(example_inputs)
-
-
-def wandering_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, counts: dict[str, int]) -> str | None:
-    """Name of a layer with a width that `model`, in eval mode, calls for some inputs only; None if there is none.
-
-    What was traced would not hold for a forward that depends on data. `counts` are those of the example inputs.
-    """
-    try:
-        _, others = counted(model, _redrawn(example_inputs), forward_fn)
-    except Exception:  # values that the model refuses tell nothing about its layers
-        return None
-    return min((name for name in counts if name and bool(counts[name]) != bool(others[name])), default=None)
-
-
-class _Rounding(TorchDispatchMode):
-    """Notes in `met` whether an operation made something coarser of a tensor in float64."""
-
-    met = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        read, written = (
-            {leaf.dtype for leaf in _pytree.tree_leaves(side) if isinstance(leaf, Tensor)} for side in (args, found)
-        )
-        fine = {torch.float64, torch.complex128}
-        self.met |= bool(read & fine) and any(d.is_floating_point or d.is_complex for d in written - fine)
-        return found
-
-
-def _doubled(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-@torch.no_grad()
-def in_float64(
-    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool
-) -> tuple[nn.Module, Any, float]:
-    """`model`, in eval mode, and the example inputs in float64, if it runs in that, and the tolerance of its outputs.
-
-    In float32 a small difference far from the output drowns in rounding. A model that fixes a dtype in its forward, of
-    training too if it `trains`, or whose device has no float64, is tried as it is.
-    """
-    inputs = _pytree.tree_map(_doubled, example_inputs)
-    try:
-        fine = copy_model(model, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
-        with _Rounding() as rounding:
-            forward_fn(fine, inputs)
-        if trains:
-            forward_fn(sharing_copy(fine).train(), inputs)
-    except Exception:
-        return model, example_inputs, COARSE_TOLERANCE
-    return fine, inputs, COARSE_TOLERANCE if rounding.met else TOLERANCE
-
-
 @torch.no_grad()
 def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> Callable[[], None]:
     """Set all producer entries of the groups that `mask` (gates,) bool closes to zero; returns what undoes it."""
@@ -186,18 +85,23 @@ def zero_producers(model: nn.Module, groups: Groups, mask: Tensor) -> Callable[[
     return restore
 
 
-def difference(outputs: Any, others: Any) -> float:
-    """Largest difference of two nests of tensors, relative to the largest value; inf for NaN and other shapes."""
-    here, there = list(tensors_in(outputs)), list(tensors_in(others))
+def difference(outputs: Any, others: Any, before: Any = None) -> float:
+    """Largest difference of two nests of tensors, relative to the largest value; inf for NaN and other shapes.
+
+    Given what `outputs` were `before` gates were closed, it is relative to the largest value that has changed since: a
+    fill of -1e9 would hide all the rest. Infinities that are equal do not differ.
+    """
+    here, there, was = (list(tensors_in(nest)) for nest in (outputs, others, before))
     if [t.shape for t in here] != [t.shape for t in there]:
         return math.inf
-    both = zip(here, there, strict=True)
-    pairs = [(a, b) for a, b in both if a.numel() and (a.is_floating_point() or a.is_complex())]
-    if not pairs:
-        return 0.0
-    largest = torch.stack([a.abs().max().double() for a, _ in pairs]).max().item()
-    apart = torch.stack([(a - b).abs().max().double() for a, b in pairs]).max().item()
-    return apart / max(largest, 1e-12) if math.isfinite(apart) and math.isfinite(largest) else math.inf
+    largest, apart = [torch.tensor(1e-12, dtype=torch.float64)], [torch.tensor(0.0, dtype=torch.float64)]
+    for a, b, c in zip(here, there, was if [t.shape for t in was] == [t.shape for t in here] else here, strict=True):
+        if a.numel() and (a.is_floating_point() or a.is_complex()):
+            counts = a.isfinite() if a is c else a.isfinite() & (a != c)
+            largest.append(torch.where(counts, a.abs(), 0).max().double().cpu())
+            apart.append(torch.where(a == b, 0, (a - b).abs()).max().double().cpu())
+    found = torch.stack(apart).max().item()
+    return found / torch.stack(largest).max().item() if math.isfinite(found) else math.inf
 
 
 class Trial:
@@ -210,6 +114,8 @@ class Trial:
         min_width: share of the channels that a layer keeps at least.
 
     Attributes:
+        outputs: of the whole network, in eval mode.
+        training: the same in training mode, without dropout.
         slopes: MACs of a gate outside of layers, by the root of its layer group, as far as trials have met some.
     """
 
@@ -220,9 +126,16 @@ class Trial:
         self.min_width = min_width
         self.model, example_inputs, self.tolerance = in_float64(model, example_inputs, forward_fn, trains)
         self.pairs = min(max(1, int(MACS_OF_TRIALS // max(1, macs))), MOST_PAIRS)
-        self.inputs, self.forward_fn, self.trains = _telling_inputs(example_inputs), forward_fn, trains
+        self.inputs = telling_inputs(self.model, example_inputs, forward_fn)
+        self.forward_fn, self.trains = forward_fn, trains
         self.device = next(model.parameters()).device
         self.slopes: dict[str, float] = {}
+        with forked_rng(self.device):
+            self.outputs, _ = counted(self.model, self.inputs, forward_fn)
+        try:
+            self.training = self._in_training(self.model) if trains else None
+        except Exception:  # inputs that were drawn anew do for evaluation alone
+            self.trains = False
 
     def objection(self, groups: Groups, mask: Tensor, trains: bool) -> str | None:
         """What goes wrong when the gates that `mask` (gates,) bool closes are removed; None if nothing does.
@@ -237,21 +150,61 @@ class Trial:
         try:
             with forked_rng(self.device):
                 expected, dense_counts = counted(self.model, self.inputs, self.forward_fn)
+            expected_training = self._in_training(self.model) if trains else None
         finally:
             restore()
-        apart = difference(expected, found)
         predicted = build_cost(self.model, groups, dense_counts, self.slopes)(mask).item()
-        if not apart <= self.tolerance:
-            return f"its removal would change the output by {apart:.0e} of the largest value"
+        if reason := self._changed(expected, found, self.outputs):
+            return reason
         if counts[""] != predicted:
             return _UNPREDICTED
         if trains:
             try:
-                with torch.no_grad():
-                    self.forward_fn(pruned.train(), self.inputs)
+                found = self._in_training(pruned)
             except Exception as error:
                 return f"cannot go: the forward in training mode fails without it ({_named(error)})"
+            # Norms over a batch of few values make much of the rounding of lower precisions.
+            fine = self.tolerance == TOLERANCE
+            reason = self._changed(expected_training, found, self.training) if fine else None
+            if reason and not self._random_in_training():
+                return f"{reason}, in training mode"
         return None
+
+    def _changed(self, expected: Any, found: Any, before: Any) -> str | None:
+        """How a cut changed the outputs, `expected` of the whole network with zeros; None if it did not."""
+        if [t.shape for t in tensors_in(expected)] != [t.shape for t in tensors_in(found)]:
+            return "its removal would change the shape of an output"
+        apart = difference(expected, found, before)
+        if apart <= self.tolerance:
+            return None
+        return f"its removal would change the output by {apart:.0e} of the largest value"
+
+    @torch.no_grad()
+    def _in_training(self, model: nn.Module) -> Any:
+        """The outputs of `model` in training mode, without dropout."""
+        copied = sharing_copy(model).train()
+        for module in copied.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        with forked_rng(self.device):
+            return self.forward_fn(copied, self.inputs)
+
+    def _random_in_training(self) -> bool:
+        """Whether the outputs in training mode are others when other random numbers are drawn."""
+        with forked_rng(self.device):
+            torch.rand(1), torch.rand(1, device=self.device)
+            return difference(self._in_training(self.model), self.training) > self.tolerance
+
+    def _blind(self, groups: Groups) -> bool:
+        """Whether nothing that the model returns changes when all gates are closed: any cut would pass."""
+        restore = zero_producers(self.model, groups, torch.zeros(groups.num_gates, dtype=torch.bool))
+        try:
+            with forked_rng(self.device):
+                closed, _ = counted(self.model, self.inputs, self.forward_fn)
+            seen = difference(closed, self.outputs) > 0
+            return not (seen or (self.trains and difference(self._in_training(self.model), self.training) > 0))
+        finally:
+            restore()
 
     def _cut(self, groups: Groups, mask: Tensor) -> tuple[nn.Module, Any, dict[str, int]]:
         """A copy without the gates that `mask` (gates,) bool closes, its outputs and its MACs."""
@@ -274,6 +227,8 @@ class Trial:
         """Root layers of groups that fail, with the reason; none only if all groups pass together."""
         # Bundles first: where some fail, heads of an attention say, most others pass together.
         layers = sorted(groups.layers, key=lambda layer: layer.layers[layer.root] == 1)
+        if groups.layers and self._blind(groups):
+            return {layer.root: _UNSEEN for layer in groups.layers}
         for trial in range(2 * self.pairs + 1):
             failed = self._culprits(groups, layers, trial)
             if failed:

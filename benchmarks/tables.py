@@ -133,10 +133,10 @@ def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
             ]
             for members in (control, ato)
         ]
-        ahead = lead(ato, control)
-        rows.append([name, *found[0], *found[1], with_error(ahead), f"{len(ahead)}"])
+        ahead, budget = lead(ato, control), percent(ato[0]["arguments"]["target_flops"])
+        rows.append([budget, name, *found[0], *found[1], with_error(ahead), f"{len(ahead)}"])
     measured = ["cost", "test accuracy, %"]
-    return table(["control", "epochs", *measured, "ato's epochs", *measured, "ato is ahead by", "n"], rows)
+    return table(["budget", "control", "epochs", *measured, "ato's epochs", *measured, "ato is ahead by", "n"], rows)
 
 
 def from_scratch(runs: Runs) -> str:
@@ -219,10 +219,10 @@ def commands(runs: Runs) -> str:
     return "\n\n".join([*parts, "</details>"])
 
 
-def settings_tables(ato: Runs) -> dict[str, str]:
+def settings_tables(ato: Runs, ato_30: Runs) -> dict[str, str]:
     """What settings of ATO do, with residual streams pruned like any other layer and, as by default, whole.
 
-    `ato` are the runs of the default at 45 %.
+    `ato` are the runs of the default at 45 %, `ato_30` those at 30 %.
     """
     before = budgets(load("streams-0-"))["0.45"]["ato"]
     defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
@@ -234,6 +234,9 @@ def settings_tables(ato: Runs) -> dict[str, str]:
         tables[place] = variants(setting, {**by_value(pruned), default: before}, default)
         tables[f"{place} whole"] = variants(setting, {**by_value(whole), default: ato}, default)
         tables[f"{place} commands"] = commands(pruned + whole)
+    cut, smaller = str(defaults["phases"][-1]), load("whole30-")
+    tables["cut whole 30"] = variants("cut at", {**by_value(smaller), cut: ato_30}, cut)
+    tables["cut 30 commands"] = commands(smaller)
     for place, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
         tables |= {place: variants("change", by_value(made), "default"), f"{place} commands": commands(made)}
     return tables
@@ -248,9 +251,10 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     methods = {method: [run for run in cifar if run["arguments"]["method"] == method] for method in METHODS}
     controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
-    at_45 = budgets(cifar)["0.45"]
+    at_45, at_30 = budgets(cifar)["0.45"], budgets(cifar)["0.3"]
     longer_ato, longer_narrow = load("epochs18-resnet20-ato-"), load("epochs22-resnet20-narrow-")
     as_dense, scratch, early_cut = load("epochs25-resnet20-ato-"), load("scratch-"), load("early18-")
+    longer_ato_30, longer_narrow_30 = load("epochs20-resnet20-ato-30-"), load("epochs28-resnet20-narrow-30-")
     equal = (
         ("dense", at_45["dense"], as_dense),
         ("narrow", longer_narrow, at_45["ato"]),
@@ -259,6 +263,9 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         ("magnitude", at_45["magnitude"], longer_ato),
         ("magnitude, streams whole", load("control-streams-45-"), longer_ato),
         ("magnitude; ato cuts at 0.15", at_45["magnitude"], early_cut),
+        ("narrow", longer_narrow_30, at_30["ato"]),
+        ("magnitude", at_30["magnitude"], longer_ato_30),
+        ("magnitude, streams whole", load("control-streams-30-"), longer_ato_30),
     )
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
@@ -277,12 +284,14 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         "equal cost": equal_cost(equal),
-        "equal cost commands": commands(longer_ato + early_cut + longer_narrow + as_dense),
+        "equal cost commands": commands(
+            longer_ato + early_cut + longer_narrow + as_dense + longer_ato_30 + longer_narrow_30
+        ),
         "from scratch": from_scratch(scratch),
         "from scratch commands": commands(scratch),
         "streams": streams(streams_pruned + methods["magnitude"], whole),
         "streams commands": commands(streams_pruned),
-        **settings_tables(at_45["ato"]),
+        **settings_tables(at_45["ato"], at_30["ato"]),
         "vgg": comparison(vgg),
         "vgg controls": other_cuts(floor, vgg),
         "vgg changed": variants("change", {**by_value(vgg_changed), "default": of_ato(vgg)}, "default"),

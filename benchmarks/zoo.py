@@ -28,9 +28,10 @@ from measure import commit
 from torch import Tensor, nn
 
 from ato_optim import ATO
+from ato_optim.conditions import randomise
 from ato_optim.cost import count_macs
 from ato_optim.graph import call
-from ato_optim.proof import difference, randomise
+from ato_optim.proof import difference
 from ato_optim.unwrap import tensors_in
 
 STEPS = 10

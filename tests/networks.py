@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ato_optim.proof import randomise
+from ato_optim.conditions import randomise
 
 
 class Block(nn.Sequential):

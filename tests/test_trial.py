@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ato_optim import ATO
-from ato_optim.proof import COARSE_TOLERANCE, TOLERANCE, in_float64
+from ato_optim.conditions import COARSE_TOLERANCE, TOLERANCE, in_float64
 
 
 def images(batch: int = 2) -> Tensor:

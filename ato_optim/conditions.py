@@ -1,0 +1,135 @@
+"""What a trial runs under: constants, inputs and a precision that do not hide what a cut changes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .cost import counted
+from .graph import ForwardFn
+from .unwrap import copy_model, sharing_copy, tensors_in
+
+TOLERANCE = 1e-8
+"""Largest difference of outputs, relative to the largest of all, where the trial runs in float64 throughout."""
+COARSE_TOLERANCE = 1e-4
+"""The same where the model insists on a lower precision."""
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which the random states of the CPU and of `device` are what they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Put `model` in eval mode, without what hides that a cut is not exact: the constants of a fresh network.
+
+    Biases and means of zero do, and so does a last layer of zeros, or a scale of 1e-6 in front of a branch.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        if parameter.ndim == 1 or parameter.min() == parameter.max():
+            parameter.add_(noise(parameter), alpha=0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(noise(buffer), alpha=0.5)
+        elif buffer.is_floating_point() and buffer.numel() == 1 and not buffer.any():  # what is faded in later
+            buffer.fill_(0.5)
+
+
+def _drawable(leaf: Any) -> bool:
+    """Whether a leaf of the example inputs can be drawn anew: a dense tensor of floating-point numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided
+
+
+def _redrawn(example_inputs: Any) -> Any:
+    """The example inputs with floating-point tensors drawn anew, with a mean of the other sign."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(leaf: Any) -> Any:
+        if not _drawable(leaf):
+            return leaf
+        return (torch.randn(leaf.shape, generator=generator) + (-1 if leaf.mean() > 0 else 1)).to(leaf)
+
+    return _pytree.tree_map(draw, example_inputs)
+
+
+def telling_inputs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
+    """The example inputs, drawn anew if a floating-point tensor is constant: zeros would hide what is not exact.
+
+    A model that makes NaN of what is drawn gets positive values, or, if it makes NaN of these too, what it was given.
+    """
+    floats = [t for t in _pytree.tree_leaves(example_inputs) if _drawable(t)]
+    if all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats):
+        return example_inputs
+    drawn = _redrawn(example_inputs)
+    for inputs in (drawn, _pytree.tree_map(lambda leaf: leaf.abs() if _drawable(leaf) else leaf, drawn)):
+        with torch.no_grad(), forked_rng(next(model.parameters()).device):
+            if not any(t.isnan().any() for t in tensors_in(forward_fn(model, inputs))):
+                return inputs
+    return example_inputs
+
+
+def other_counts(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, counts: dict[str, int]
+) -> dict[str, int]:
+    """MACs by layer (see counted) on example inputs that are drawn anew: a forward that depends on data shows here.
+
+    They are `counts`, those of the example inputs, if the model refuses the values.
+    """
+    try:
+        return counted(model, _redrawn(example_inputs), forward_fn)[1]
+    except Exception:  # values that the model refuses tell nothing about its layers
+        return counts
+
+
+class _Rounding(TorchDispatchMode):
+    """Notes in `met` whether an operation made something coarser of a tensor in float64."""
+
+    met = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        read, written = (
+            {leaf.dtype for leaf in _pytree.tree_leaves(side) if isinstance(leaf, Tensor)} for side in (args, found)
+        )
+        fine = {torch.float64, torch.complex128}
+        self.met |= bool(read & fine) and any(d.is_floating_point or d.is_complex for d in written - fine)
+        return found
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@torch.no_grad()
+def in_float64(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool
+) -> tuple[nn.Module, Any, float]:
+    """`model`, in eval mode, and the example inputs in float64, if it runs in that, and the tolerance of its outputs.
+
+    In float32 a small difference far from the output drowns in rounding. A model that fixes a dtype in its forward, of
+    training too if it `trains`, or whose device has no float64, is tried as it is.
+    """
+    inputs = _pytree.tree_map(_doubled, example_inputs)
+    try:
+        fine = copy_model(model, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
+        with _Rounding() as rounding:
+            forward_fn(fine, inputs)
+        if trains:
+            forward_fn(sharing_copy(fine).train(), inputs)
+    except Exception:
+        return model, example_inputs, COARSE_TOLERANCE
+    return fine, inputs, COARSE_TOLERANCE if rounding.met else TOLERANCE

@@ -1,0 +1,190 @@
+"""What could blind the trial does not: fills, outputs of integers, training alone, masks of zeros, sparse inputs."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ato_optim import ATO
+from ato_optim.proof import difference
+
+
+def pruned(model: nn.Module, inputs, **options) -> dict[str, str]:
+    """ "pruned", or the reason why not, by layer."""
+    options = {"target_flops": 1, "total_steps": 1} | options
+    report = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, inputs, **options).report()
+    found = {layer: reason for layers, reason in report.left_out for layer in layers}
+    return found | {layer: "pruned" for width in report.widths for layer in width.layers}
+
+
+class Normed(nn.Module):
+    """`b` is not exact: a norm over its channels follows. `a` is."""
+
+    def __init__(self, inputs: int = 6):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(inputs, 24), nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        h = F.relu(self.b(F.relu(self.a(x))))
+        return F.layer_norm(h, h.shape[-1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.hidden(x))
+
+
+class Filled(Normed):
+    def __init__(self, fill: float):
+        super().__init__()
+        self.fill = fill
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(~valid, self.fill)
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, torch.finfo(torch.float32).min, -math.inf])
+def test_a_fill_value_hides_nothing_and_refuses_nothing(fill):
+    valid = torch.tensor([True, True, False, True, True]).expand(4, 5)
+    found = pruned(Filled(fill), (torch.randn(4, 6), valid))
+    assert found["a"] == "pruned" and "would change the output by" in found["b"]
+
+
+class Classes(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.training else y.argmax(1)
+
+
+class Auxiliary(Normed):
+    """The norm is in front of a head of training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.d, self.e = nn.Dropout(), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor):
+        h = F.relu(self.b(self.drop(F.relu(self.a(x)))))
+        y = self.e(F.relu(self.d(h)))
+        return (y, self.c(F.layer_norm(h, h.shape[-1:]))) if self.training else y
+
+
+@pytest.mark.parametrize("model", [Classes, Auxiliary])
+def test_what_only_training_shows_is_compared_in_training_mode(model):
+    found = pruned(model(), torch.randn(4, 6))
+    assert found["a"] == "pruned"
+    assert "would change the output by" in found["b"] and "in training mode" in found["b"]
+    assert found.get("d", "pruned") == "pruned"
+
+
+class Noisy(Auxiliary):
+    """Exact, and no two forwards in training mode are alike."""
+
+    def forward(self, x: Tensor):
+        h = F.dropout(F.relu(self.b(F.relu(self.a(x)))), training=self.training)
+        return self.e(F.relu(self.d(h)))
+
+
+def test_a_training_forward_that_is_random_refuses_nothing():
+    found = pruned(Noisy(), torch.randn(4, 6))
+    assert [found[layer] for layer in "abd"] == ["pruned"] * 3
+
+
+class Pooled(Normed):
+    def __init__(self):
+        super().__init__(12)
+        self.e = nn.Embedding(20, 12)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        weights = mask[..., None].float()
+        return self.c((self.hidden(self.e(ids)) * weights).sum(1) / weights.sum(1).clamp(min=1))
+
+
+def test_example_inputs_that_show_nothing_of_the_network_are_told_so():
+    ids = torch.zeros(1, 7, dtype=torch.long)
+    found = pruned(Pooled(), (ids, torch.ones_like(ids)))
+    assert found["a"] == "pruned" and "would change the output by" in found["b"]
+    with pytest.raises(ValueError, match="a, b changes no output on example_inputs: pass others"):
+        pruned(Pooled(), (ids, torch.zeros_like(ids)), target_flops=0.6, total_steps=1000)
+
+
+class FadedIn(Normed):
+    def __init__(self):
+        super().__init__()
+        self.d = nn.Linear(24, 5)
+        self.register_buffer("alpha", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - self.alpha) * self.d(F.relu(self.a(x))) + self.alpha * super().forward(x)
+
+
+def test_a_branch_that_is_faded_in_by_a_buffer_is_seen():
+    found = pruned(FadedIn(), torch.randn(4, 6))
+    assert found["a"] == "pruned" and "would change the output by" in found["b"]
+
+
+class Logarithm(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(torch.log(x + 1e-6))))))
+
+
+def test_constant_inputs_of_a_model_that_takes_positive_ones_alone():
+    found = pruned(Logarithm(), torch.ones(4, 6))
+    assert found["a"] == found["b"] == "pruned"
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return self.b(F.relu(torch.sparse.mm(adjacency, self.a(x))))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_inputs(layout):
+    adjacency = getattr((torch.rand(10, 10) < 0.3).float(), layout)()
+    assert pruned(Graph(), (torch.randn(10, 5), adjacency))["a"] == "pruned"
+
+
+class Sparse(Normed):
+    """Routes samples to a layer, as a sparse mixture of experts does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        chosen = (x[:, 0] > 0).nonzero().flatten()
+        return self.c(F.relu(h[:, :16].index_add(0, chosen, self.b(h[chosen]))))
+
+
+def test_work_that_depends_on_data_is_told():
+    x = torch.linspace(-1, 1, 30).view(30, 1).expand(30, 6).contiguous()
+    with pytest.warns(UserWarning, match="gives its layer 'b' more to do for some inputs.*budget") as caught:
+        pruned(Sparse(), x)
+    assert caught[0].filename == __file__
+
+
+class Differentiates(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(super().forward(x).sum(), x, create_graph=True)
+        return slope
+
+
+def test_a_forward_that_differentiates_is_referred_to_forward_fn():
+    with pytest.raises(ValueError, match="differentiates, one that runs the layers alone"):
+        pruned(Differentiates(), torch.randn(4, 6))
+    found = pruned(Differentiates(), torch.randn(4, 6), forward_fn=lambda model, x: Normed.forward(model, x))
+    assert found["a"] == "pruned"
+
+
+def test_difference_is_relative_to_what_has_changed():
+    inf = math.inf
+    before, zeroed = torch.tensor([-1e9, inf, 4.0, 7.0]), torch.tensor([-1e9, inf, 2.0, 7.0])
+    assert difference(zeroed, zeroed, before) == 0
+    assert difference(zeroed, torch.tensor([-1e9, inf, 2.5, 7.0]), before) == 0.25
+    assert difference(zeroed, torch.tensor([-1e9, inf, 2.5, 7.0])) == pytest.approx(0.5e-9)
+    assert difference(zeroed, torch.tensor([-1e9, 0.0, 2.0, 7.0]), before) == inf
+    assert difference(zeroed, zeroed[:3], before) == difference(zeroed, zeroed * math.nan, before) == inf
