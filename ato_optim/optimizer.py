@@ -170,7 +170,8 @@ class ATO(torch.optim.Optimizer):
         if self.search is not None:
             checks.learning(done, self.last_turn, self.schedule)
             if done == max(1, self.schedule.commit):
-                self._set_mask(self.search.settle(self.plan.lots(self.round_to)), done)
+                strength = self.plan.groups.strength(self.model)
+                self._set_mask(self.search.settle(self.plan.lots(self.round_to), strength), done)
                 self._detach()
         self._pull(done)
         self.step_count = done
