@@ -17,27 +17,15 @@ def minimum_widths(sizes: Tensor, min_width: Tensor | float, lots: Tensor | int)
     return torch.minimum((least + lots - 1) // lots * lots, sizes)
 
 
-def _best_first(scores: Tensor, layer_of_gate: Tensor) -> Tensor:
-    """The gates (gates,) int64 layer group by layer group, by falling score within each, ties by position."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    return order[torch.argsort(layer_of_gate[order], stable=True)]
-
-
 def ranks(scores: Tensor, layer_of_gate: Tensor) -> Tensor:
     """Rank (gates,) int64 of each gate within its layer group by falling score, ties by position."""
-    order = _best_first(scores, layer_of_gate)
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(layer_of_gate[order], stable=True)]
     sizes = torch.bincount(layer_of_gate)
     starts = sizes.cumsum(0) - sizes
     result = torch.empty_like(order)
     result[order] = torch.arange(len(order), device=order.device) - starts[layer_of_gate[order]]
     return result
-
-
-def dealt(scores: Tensor, strength: Tensor, layer_of_gate: Tensor) -> Tensor:
-    """`scores` (gates,) dealt out anew within each layer group: the best to the gate of most `strength` (gates,)."""
-    return torch.empty_like(scores).index_copy_(
-        0, _best_first(strength, layer_of_gate), scores[_best_first(scores, layer_of_gate)]
-    )
 
 
 def keep_minimum(gates: Tensor, scores: Tensor, layer_of_gate: Tensor, least: Tensor) -> Tensor:

@@ -120,15 +120,6 @@ class Groups:
         """Gates of all layer groups together."""
         return sum(layer.size for layer in self.layers)
 
-    @torch.no_grad()
-    def strength(self, model: nn.Module) -> Tensor:
-        """Squares (gates,) of all entries of `model` that write or read the channels of a gate, summed."""
-        written, read = (
-            table.sum([p.square() for p in table.parameters(model)], self.num_gates)
-            for table in (self.producers, self.consumers)
-        )
-        return written + read
-
     def layer_of_gate(self) -> Tensor:
         """(gates,) int64: the index of each gate's layer group."""
         sizes = torch.tensor([layer.size for layer in self.layers], dtype=torch.long)

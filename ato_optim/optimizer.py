@@ -170,8 +170,7 @@ class ATO(torch.optim.Optimizer):
         if self.search is not None:
             checks.learning(done, self.last_turn, self.schedule)
             if done == max(1, self.schedule.commit):
-                strength = self.plan.groups.strength(self.model)
-                self._set_mask(self.search.settle(self.plan.lots(self.round_to), strength), done)
+                self._set_mask(self.search.settle(self.plan.lots(self.round_to)), done)
                 self._detach()
         self._pull(done)
         self.step_count = done

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import dealt, keep_minimum, solve
+from .budget import keep_minimum, solve
 from .controller import EVEN, Controller, binarise, controller_loss, gumbel_noise
 from .plan import Plan
 
@@ -81,13 +81,10 @@ class Search:
         return keep_minimum(logits >= EVEN, logits, self.plan.layer_of_gate, self.least)
 
     @torch.no_grad()
-    def settle(self, lots: Tensor, strength: Tensor) -> Tensor:
-        """The mask (gates,) bool within the budget: as many gates as the controller's best, in lots (layers,).
-
-        The controller says how many a layer group keeps, the `strength` (gates,) of its channels which.
-        """
-        scores = dealt(self._of_all(self.controller()), strength, self.plan.layer_of_gate)
-        return solve(scores, self.plan.layer_of_gate, self.plan.cost, self.target, self.least, lots)
+    def settle(self, lots: Tensor) -> Tensor:
+        """The mask (gates,) bool within the budget that opens the controller's best gates, in lots (layers,)."""
+        logits = self._of_all(self.controller())
+        return solve(logits, self.plan.layer_of_gate, self.plan.cost, self.target, self.least, lots)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the controller's weights and of its optimizer's state."""

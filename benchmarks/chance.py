@@ -36,7 +36,7 @@ class Chance(Search):
     def proposal(self) -> Tensor:
         return self._mask(self.budget)
 
-    def settle(self, lots: Tensor, strength: Tensor) -> Tensor:
+    def settle(self, lots: Tensor) -> Tensor:
         return self._mask(self.target, lots)
 
     def state_dict(self) -> dict[str, Any]:
