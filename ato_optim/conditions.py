@@ -15,7 +15,7 @@ from .graph import ForwardFn
 from .unwrap import copy_model, sharing_copy, tensors_in
 
 TOLERANCE = 1e-8
-"""Largest difference of outputs, relative to the largest of all, where the trial runs in float64 throughout."""
+"""Largest difference of outputs, relative to the largest that closing changes, in a trial that runs in float64."""
 COARSE_TOLERANCE = 1e-4
 """The same where the model insists on a lower precision."""
 
@@ -69,17 +69,24 @@ def _redrawn(example_inputs: Any) -> Any:
 def telling_inputs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
     """The example inputs, drawn anew if a floating-point tensor is constant: zeros would hide what is not exact.
 
-    A model that makes NaN of what is drawn gets positive values, or, if it makes NaN of these too, what it was given.
+    A model that makes NaN of what is drawn, or refuses it, gets positive values, or in the end what it was given.
     """
     floats = [t for t in _pytree.tree_leaves(example_inputs) if _drawable(t)]
     if all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats):
         return example_inputs
     drawn = _redrawn(example_inputs)
-    for inputs in (drawn, _pytree.tree_map(lambda leaf: leaf.abs() if _drawable(leaf) else leaf, drawn)):
-        with torch.no_grad(), forked_rng(next(model.parameters()).device):
-            if not any(t.isnan().any() for t in tensors_in(forward_fn(model, inputs))):
-                return inputs
-    return example_inputs
+    positive = _pytree.tree_map(lambda leaf: leaf.abs() if _drawable(leaf) else leaf, drawn)
+    return next((inputs for inputs in (drawn, positive) if _takes(model, inputs, forward_fn)), example_inputs)
+
+
+@torch.no_grad()
+def _takes(model: nn.Module, inputs: Any, forward_fn: ForwardFn) -> bool:
+    """Whether `model` runs on `inputs`, and gives numbers."""
+    try:
+        with forked_rng(next(model.parameters()).device):
+            return not any(t.isnan().any() for t in tensors_in(forward_fn(model, inputs)))
+    except Exception:
+        return False
 
 
 def other_counts(

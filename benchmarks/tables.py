@@ -264,6 +264,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         ("magnitude, streams whole", load("control-streams-45-"), longer_ato),
         ("magnitude; ato cuts at 0.15", at_45["magnitude"], early_cut),
     )
+    strongest = load("which-")
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
     vgg_weighed = load("vgg16-")
@@ -284,6 +285,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "equal cost commands": commands(longer_ato + early_cut + longer_narrow + as_dense),
         "from scratch": from_scratch(scratch),
         "from scratch commands": commands(scratch),
+        "which": variants("channels by", {**by_value(strongest), "controller": at_45["ato"]}, "controller"),
+        "which commands": commands(strongest),
         "streams": streams(streams_pruned + methods["magnitude"], whole),
         "streams commands": commands(streams_pruned),
         **settings_tables(at_45["ato"], at_30["ato"]),

@@ -128,8 +128,16 @@ class Logarithm(Normed):
         return self.c(F.relu(self.b(F.relu(self.a(torch.log(x + 1e-6))))))
 
 
-def test_constant_inputs_of_a_model_that_takes_positive_ones_alone():
-    found = pruned(Logarithm(), torch.ones(4, 6))
+class Checked(Logarithm):
+    def forward(self, x: Tensor) -> Tensor:
+        if (x < 0).any():
+            raise ValueError("negative")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("model", [Logarithm, Checked])
+def test_constant_inputs_of_a_model_that_takes_positive_ones_alone(model):
+    found = pruned(model(), torch.ones(4, 6))
     assert found["a"] == found["b"] == "pruned"
 
 
