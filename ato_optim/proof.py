@@ -92,13 +92,15 @@ def difference(outputs: Any, others: Any, before: Any = None) -> float:
     fill of -1e9 would hide all the rest. Infinities that are equal do not differ.
     """
     here, there, was = (list(tensors_in(nest)) for nest in (outputs, others, before))
-    if [t.shape for t in here] != [t.shape for t in there]:
+    shapes, of_others, of_before = ([t.shape for t in tensors] for tensors in (here, there, was))
+    if shapes != of_others:
         return math.inf
+    references = was if shapes == of_before else [None] * len(here)
     largest, apart = [torch.tensor(1e-12, dtype=torch.float64)], [torch.tensor(0.0, dtype=torch.float64)]
-    for a, b, c in zip(here, there, was if [t.shape for t in was] == [t.shape for t in here] else here, strict=True):
+    for a, b, reference in zip(here, there, references, strict=True):
         if a.numel() and (a.is_floating_point() or a.is_complex()):
-            counts = a.isfinite() if a is c else a.isfinite() & (a != c)
-            largest.append(torch.where(counts, a.abs(), 0).max().double().cpu())
+            counted_in = a.isfinite() if reference is None else a.isfinite() & (a != reference)
+            largest.append(torch.where(counted_in, a.abs(), 0).max().double().cpu())
             apart.append(torch.where(a == b, 0, (a - b).abs()).max().double().cpu())
     found = torch.stack(apart).max().item()
     return found / torch.stack(largest).max().item() if math.isfinite(found) else math.inf
@@ -132,8 +134,10 @@ class Trial:
         self.slopes: dict[str, float] = {}
         with forked_rng(self.device):
             self.outputs, _ = counted(self.model, self.inputs, forward_fn)
+        self.training = None
         try:
-            self.training = self._in_training(self.model) if trains else None
+            if trains:
+                self.training = self._in_training(self.model)
         except Exception:  # inputs that were drawn anew do for evaluation alone
             self.trains = False
 

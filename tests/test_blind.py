@@ -12,7 +12,7 @@ from ato_optim.proof import difference
 
 
 def pruned(model: nn.Module, inputs, **options) -> dict[str, str]:
-    """ "pruned", or the reason why not, by layer."""
+    """What became of each layer: pruned, or the reason why not."""
     options = {"target_flops": 1, "total_steps": 1} | options
     report = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, inputs, **options).report()
     found = {layer: reason for layers, reason in report.left_out for layer in layers}
@@ -135,7 +135,14 @@ class Checked(Logarithm):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("model", [Logarithm, Checked])
+class CheckedInTraining(Normed):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and (x < 0).any():
+            raise ValueError("negative")
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("model", [Logarithm, Checked, CheckedInTraining])
 def test_constant_inputs_of_a_model_that_takes_positive_ones_alone(model):
     found = pruned(model(), torch.ones(4, 6))
     assert found["a"] == found["b"] == "pruned"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ato_optim import ATO
+from ato_optim import ATO, proof
 from ato_optim.conditions import COARSE_TOLERANCE, TOLERANCE, in_float64
 
 
@@ -139,6 +139,21 @@ def test_what_will_not_run_in_float64_is_tried_as_it_is(always):
     model = InFloat32(always)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     assert len(ATO(base, model, images(), target_flops=0.6, total_steps=100).plan.groups.layers) == 2
+
+
+def test_a_plan_of_a_large_model_takes_as_many_forwards_as_the_docs_say(monkeypatch):
+    monkeypatch.setattr(proof, "MACS_OF_TRIALS", 0)
+    met = []
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        met.append((next(model.parameters()).dtype, model.training))
+        return model(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    ATO(base, model, images(), target_flops=1, total_steps=1, forward_fn=forward)
+    assert len(met) == 16
+    assert met.count((torch.float64, False)) == 9 and met.count((torch.float64, True)) == 4
 
 
 class ComplexConvolution(nn.Module):
