@@ -55,12 +55,18 @@ def mover(kind: OPTYPE, grad_fn: Any, place: int, forward: bool, last: bool = Fa
     return partial(_put if widens else _take, window=torch.tensor(window, dtype=torch.long), total=total)
 
 
-def moves_by_name(grad_fn: Any, forward: bool) -> list[Move]:
-    """What happens to labels in an operation that torch-pruning takes for one that works entry by entry."""
+def moves_by_name(grad_fn: Any, place: int, forward: bool) -> list[Move]:
+    """What happens to labels in an operation that torch-pruning takes for one that works entry by entry.
+
+    `place` is the number of its argument that they come from, or go back to.
+    """
     name = grad_fn.name() if hasattr(grad_fn, "name") else ""
     kind = name.partition("Backward")[0]
     if kind == "Glu":
         return [partial(_halve if forward else _double, size=_input_shape(grad_fn)[_dimensions(grad_fn)[0]])]
+    if kind.startswith("ScaledDotProduct") and place > 0 and hasattr(grad_fn, "_saved_query"):
+        heads, shared = (saved.shape[1] for saved in (grad_fn._saved_query, grad_fn._saved_key))
+        return [partial(_spread if forward else _gather, heads=heads, shared=shared)] if shared < heads else []
     if forward and (kind in ORDERS or kind in POOLS):
         shape = _input_shape(grad_fn)
         dims = list(range(len(shape)))[-POOLS[kind] :] if kind in POOLS else _dimensions(grad_fn)
@@ -74,6 +80,15 @@ def _halve(labels: Tensor, size: int) -> Tensor:
 
 def _double(labels: Tensor, size: int) -> Tensor:
     return labels.repeat(2) if 2 * len(labels) == size else labels
+
+
+def _spread(labels: Tensor, heads: int, shared: int) -> Tensor:
+    """Each key's head serves as many queries' heads in a row (grouped-query attention)."""
+    return labels.repeat_interleave(heads // shared) if len(labels) == shared else labels
+
+
+def _gather(labels: Tensor, heads: int, shared: int) -> Tensor:
+    return labels.view(shared, -1) if len(labels) == heads else labels
 
 
 def _refuse_order(labels: Tensor, shape: Sequence[int], dims: Sequence[int], name: str) -> Tensor:

@@ -43,8 +43,10 @@ def randomise(model: nn.Module) -> None:
         if parameter.ndim == 1 or parameter.min() == parameter.max():
             parameter.add_(noise(parameter), alpha=0.5)
     for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
+        if name.endswith("running_var"):
             buffer.add_(noise(buffer), alpha=0.5)
+        elif name.endswith("running_mean"):  # of both signs: a shift that is no parameter would not make up for one
+            buffer.add_(noise(buffer) - 0.5, alpha=0.5)
         elif buffer.is_floating_point() and buffer.numel() == 1 and not buffer.any():  # what is faded in later
             buffer.fill_(0.5)
 

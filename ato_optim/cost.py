@@ -33,12 +33,20 @@ def _recurrent_flop(inputs: Any, matrices: Sequence[Any]) -> int:
     return int(2 * math.prod(inputs[:-1]) * sum(math.prod(shape) for shape in matrices if len(shape) == 2))
 
 
+def _grouped_flop(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of grouped matrix products from shapes: groups are an axis of both, or runs of rows or columns of one."""
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return int(2 * groups * a[-2] * a[-1] * b[-1])
+
+
 UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
     torch.ops.aten.mkldnn_rnn_layer: lambda x, *arguments, **_: _recurrent_flop(x, arguments[:2]),
     torch.ops.aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent_flop(x, weights),
 }
 """Fused operations that FlopCounterMode takes for free: a model's MACs shall not depend on device and dtype."""
+if hasattr(torch.ops.aten, "_grouped_mm"):  # not in the oldest torch
+    UNCOUNTED[torch.ops.aten._grouped_mm] = _grouped_flop
 
 
 @one_at_a_time
@@ -186,11 +194,11 @@ def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], t
 
 
 def build_cost(
-    model: nn.Module, groups: Groups, counts: dict[str, int], slopes: Mapping[str, float] | None = None
+    model: nn.Module, groups: Groups, counts: dict[str, int], slopes: Mapping[tuple[str, int], float] | None = None
 ) -> CostModel:
     """The cost model of `model` under `groups`, from its own `counts` (see counted, count_weights).
 
-    `slopes` are what a gate costs outside of layers, by the roots of layer groups; where it is missing, nothing.
+    `slopes` are what a gate costs outside of layers, by the keys of layer groups; where it is missing, nothing.
     """
     # One entry a weight: layers that share a weight share its widths, and their MACs add up.
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
@@ -217,7 +225,7 @@ def build_cost(
         rest -= counts[name]
     inputs = _kept(groups.consumers, groups.num_gates, slots[0], totals[0])
     outputs = _kept(groups.producers, groups.num_gates, slots[1], totals[1])
-    sloping = [(slopes[layer.root], layer) for layer in groups.layers if slopes and layer.root in slopes]
+    sloping = [(slopes[layer.key], layer) for layer in groups.layers if slopes and layer.key in slopes]
     for slope, layer in sloping:  # one more layer, of one input
         gates = torch.arange(layer.gates.start, layer.gates.stop)
         outputs = outputs.extended(0.0, gates)

@@ -83,7 +83,8 @@ def _roles(touch: Touch) -> Iterator[Role]:
 class Candidate:
     """A group that nothing in the graph speaks against."""
 
-    root: str
+    key: tuple[str, int]
+    """Name of the layer that the walk began at, and which part of its channels this is."""
     size: int
     layers: dict[str, int]
     touches: list[Touch]
@@ -157,8 +158,8 @@ def _reason_against(roles: list[Role], names: Mapping[Tensor, str], frozen: set[
 
 def _unknown(module: nn.Module, pruned: set[Tensor]) -> str | None:
     """Why no walk begins or ends at a layer with weights, none of them `pruned`, of a kind unknown to torch-pruning."""
-    leaf = next(module.children(), None) is None and pruned.isdisjoint(module.parameters())
-    if leaf and any(p.ndim > 1 for p in module.parameters()) and tp.ops.module2type(module) in _UNTOLD:
+    own = [p for p in module.parameters(recurse=False) if sum(n > 1 for n in p.shape) > 1]
+    if own and pruned.isdisjoint(own) and tp.ops.module2type(module) in _UNTOLD:
         return f"is a {type(module).__name__}: convolutions and linear layers of torch.nn are what is pruned"
     return None
 
@@ -198,13 +199,17 @@ class Discovery:
         ignored = {child for layer in ignored_layers for child in layer.modules()}
         self._find(Walker(traced.graph, _objection_to(traced.outputs, ignored)), set(frozen))
         self._refuse_conflicts()
+        pruned = {role.tensor for candidate in self.candidates for role in candidate.roles}
+        met = [module for module in traced.graph.module2node if isinstance(module, nn.Module)]  # and no parameter
+        inside = {child for module in met for child in module.modules()}  # an attention's projection
         for module, name in self._modules.items():
-            if has_width(module) and module.weight in self._names and module not in traced.graph.module2node:
+            if has_width(module) and module not in traced.graph.module2node:
                 if counts.get(name):
                     self.left_out[name] = _HIDDEN
-                elif module.weight not in traced.parameters:  # or it is a part of an attention, which reads the weight
+                elif module.weight in self._names and module.weight not in traced.parameters:
                     self.left_out[name] = UNREACHED
-        pruned = {role.tensor for candidate in self.candidates for role in candidate.roles}
+                elif module not in inside and module.weight not in pruned:
+                    self.left_out[name] = "is not called: its weight is read by another module"
         unknown = {name: _unknown(module, pruned) for module, name in self._modules.items()}
         self.left_out |= {name: reason for name, reason in unknown.items() if reason}
 
@@ -224,7 +229,7 @@ class Discovery:
             try:
                 if len(channels) == 1:
                     raise Unsafe("is one channel wide")
-                for size, touches in self._coupled(walker, root, channels):
+                for part, (size, touches) in enumerate(self._coupled(walker, root, channels)):
                     if size == 1:
                         raise Unsafe("has channels that can only go together")
                     roles = [role for touch in touches for role in _roles(touch)]
@@ -232,7 +237,7 @@ class Discovery:
                     if reason:
                         raise Unsafe(reason)
                     layers = _written_layers(touches, self._modules)
-                    self.candidates.append(Candidate(name, size, layers, touches, roles))
+                    self.candidates.append(Candidate((name, part), size, layers, touches, roles))
                     for touch in touches:
                         if touch.writes and touch.node.module in free:
                             free[touch.node.module] &= touch.gates < 0
@@ -260,7 +265,7 @@ class Discovery:
     def _refuse_conflicts(self) -> None:
         """Leave out groups that claim the same positions of one tensor, or one group that does so differently."""
         claimed: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        refused: dict[str, str] = {}
+        refused: dict[tuple[str, int], str] = {}
         for k, candidate in enumerate(self.candidates):
             for role in candidate.roles:
                 name = self._names[role.tensor]
@@ -269,14 +274,19 @@ class Discovery:
                 mine = role.gates >= 0
                 clash = mine & (owners >= 0) & ((owners != k) | (gates != role.gates))
                 for other in {k, *owners[clash].tolist()} if clash.any() else ():
-                    refused[self.candidates[other].root] = f"shares {name} with layers that are cut differently"
+                    refused[self.candidates[other].key] = f"shares {name} with layers that are cut differently"
                 owners[mine], gates[mine] = k, role.gates[mine]
         self.refuse(refused)
 
-    def refuse(self, reasons: Mapping[str, str]) -> None:
-        """Leave out the groups of these root layers."""
-        self.left_out |= reasons
-        self.candidates = [candidate for candidate in self.candidates if candidate.root not in reasons]
+    def refuse(self, reasons: Mapping[tuple[str, int], str]) -> None:
+        """Leave out the groups of these keys, and name the layers of which no other group prunes a part."""
+        refused = [candidate for candidate in self.candidates if candidate.key in reasons]
+        self.candidates = [candidate for candidate in self.candidates if candidate.key not in reasons]
+        pruned = {name for candidate in self.candidates for name in candidate.layers}
+        for candidate in refused:
+            for name in (candidate.key[0], *candidate.layers):
+                if name not in pruned:
+                    self.left_out.setdefault(name, reasons[candidate.key])
 
     def groups(self) -> Groups:
         """The tables of all candidates."""
@@ -297,7 +307,7 @@ class Discovery:
                 if touch.node.module in self._modules:
                     fill(sides, (self._modules[touch.node.module], touch.writes), touch.gates, start)
             summed = _summed(candidate.touches)
-            layers.append(LayerGroup(candidate.root, start, candidate.size, candidate.layers, summed))
+            layers.append(LayerGroup(*candidate.key, start, candidate.size, candidate.layers, summed))
             start += candidate.size
         reasons = defaultdict(list)
         for name in self._modules.values():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import Node
 from torch_pruning.ops import OPTYPE
 
-from .axes import Move, Unsafe, mover, moves_by_name
+from .axes import Move, Unsafe, channel_axis, mover, moves_by_name
 from .guard import build_graph
 from .unwrap import tensors_in
 
@@ -237,6 +237,8 @@ class Walker:
             for move in moves:
                 arriving = move(arriving)
             if not (_back_to_operand(node, other.node) and len(arriving) not in _operand_shape(other.node, arriving)):
+                if other.node.type == OPTYPE.PARAMETER and other not in self._sizes and arriving.ndim == 1:
+                    _orient(other.node, _operand_shape(node, arriving), len(arriving))
                 yield other, arriving
 
     def _merge(
@@ -261,6 +263,17 @@ class Walker:
         merged = labels if known is None else torch.where(known < 0, labels, known)
         seen[place] = merged
         return known is None or not torch.equal(merged, known)
+
+
+def _orient(node: Node, beside: tuple[int, ...], size: int) -> None:
+    """Let a parameter be cut along the axis that meets the `size` channels of a tensor of shape `beside`.
+
+    torch-pruning takes the last axis, which in a map that is added to a convolution's is the width.
+    """
+    axis = channel_axis(size, beside)
+    dim = -1 if axis is None else axis - len(beside) + node.module.ndim
+    if dim >= 0 and node.module.shape[dim] == size:
+        node.pruning_dim = dim
 
 
 def _back_to_operand(node: Node, other: Node) -> bool:
@@ -301,7 +314,7 @@ def _moves(node: Node, k: int) -> list[Move]:
         last = any(_is_product(other) for other in (*reader.inputs, *reader.outputs))
         moves.append(mover(reader.type, reader.grad_fn, argument, forward, last))
     if reader.type == OPTYPE.ELEMENTWISE:
-        moves += moves_by_name(reader.grad_fn, forward)
+        moves += moves_by_name(reader.grad_fn, argument, forward)
     if reader.type == OPTYPE.IN and hasattr(reader.grad_fn, "_saved_self_sym_sizes"):
         # torch folds the batch into the channels of an instance norm, and back at its end.
         moves.append(mover(OPTYPE.RESHAPE, reader.grad_fn, argument, forward))

@@ -20,6 +20,8 @@ class LayerGroup:
 
     root: str
     """Name of the module from which torch-pruning reaches the others."""
+    part: int
+    """Which part of the root's channels, where they are pruned in several."""
     start: int
     """Its first gate."""
     size: int
@@ -29,6 +31,11 @@ class LayerGroup:
     of each a gate has, 0 if some have more than others."""
     summed: bool
     """Whether what it prunes is added up somewhere: a residual stream."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What it is called, whichever other groups there are."""
+        return self.root, self.part
 
     @property
     def gates(self) -> slice:

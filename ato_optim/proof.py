@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,11 @@ def _halves(groups: Groups, chosen: Sequence[LayerGroup], pair: int) -> tuple[Te
         for mask, closed in zip(masks, order.tensor_split([share]), strict=True):
             mask[closed] = False
     return masks[0], masks[1]
+
+
+def _bundles(layer: LayerGroup) -> bool:
+    """Whether a gate of `layer` has several channels: heads of an attention do."""
+    return layer.layers[layer.root] != 1
 
 
 def _least(groups: Groups, chosen: Sequence[LayerGroup], min_width: float) -> Tensor:
@@ -116,9 +122,9 @@ class Trial:
         min_width: share of the channels that a layer keeps at least.
 
     Attributes:
-        outputs: of the whole network, in eval mode.
+        outputs, counts: of the whole network, in eval mode, and its MACs by layer.
         training: the same in training mode, without dropout.
-        slopes: MACs of a gate outside of layers, by the root of its layer group, as far as trials have met some.
+        slopes: MACs of a gate outside of layers, by the key of its layer group, as far as trials have met some.
     """
 
     def __init__(
@@ -131,9 +137,9 @@ class Trial:
         self.inputs = telling_inputs(self.model, example_inputs, forward_fn)
         self.forward_fn, self.trains = forward_fn, trains
         self.device = next(model.parameters()).device
-        self.slopes: dict[str, float] = {}
+        self.slopes: dict[tuple[str, int], float] = {}
         with forked_rng(self.device):
-            self.outputs, _ = counted(self.model, self.inputs, forward_fn)
+            self.outputs, self.counts = counted(self.model, self.inputs, forward_fn)
         self.training = None
         try:
             if trains:
@@ -217,29 +223,35 @@ class Trial:
         with forked_rng(self.device):  # a model that samples draws the same again
             return pruned, *counted(pruned, self.inputs, self.forward_fn)
 
-    def _learn_slope(self, groups: Groups, layer: LayerGroup, mask: Tensor) -> None:
-        """Take what `mask` (gates,) bool, closed in `layer` alone, saves outside of layers for linear in its gates.
+    def _learn_slopes(self, groups: Groups, layers: Sequence[LayerGroup]) -> bool:
+        """Take what gates of each of `layers` save outside of layers for linear in them; whether any was new.
 
-        The other trials say whether it is.
+        The other trials say whether it is. What cannot be cut alone has none.
         """
-        _, dense = counted(self.model, self.inputs, self.forward_fn)
-        *_, counts = self._cut(groups, mask)
-        saved = build_cost(self.model, groups, dense)(mask).item() - counts[""]
-        self.slopes[layer.root] = saved / int((~mask).sum())
+        known = len(self.slopes)
+        for layer in layers:
+            if layer.key in self.slopes:
+                continue
+            mask = _halves(groups, [layer], 0)[0]
+            with suppress(Exception):  # whatever the cut model raises
+                *_, counts = self._cut(groups, mask)
+                saved = build_cost(self.model, groups, self.counts)(mask).item() - counts[""]
+                self.slopes[layer.key] = saved / int((~mask).sum())
+        return len(self.slopes) > known
 
-    def failures(self, groups: Groups) -> dict[str, str]:
-        """Root layers of groups that fail, with the reason; none only if all groups pass together."""
+    def failures(self, groups: Groups) -> dict[tuple[str, int], str]:
+        """Keys of layer groups that fail, with the reason; none only if all groups pass together."""
         # Bundles first: where some fail, heads of an attention say, most others pass together.
-        layers = sorted(groups.layers, key=lambda layer: layer.layers[layer.root] == 1)
+        layers = sorted(groups.layers, key=lambda layer: not _bundles(layer))
         if groups.layers and self._blind(groups):
-            return {layer.root: _UNSEEN for layer in groups.layers}
+            return {layer.key: _UNSEEN for layer in groups.layers}
         for trial in range(2 * self.pairs + 1):
             failed = self._culprits(groups, layers, trial)
             if failed:
                 return failed
         return {}
 
-    def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], trial: int) -> dict[str, str]:
+    def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], trial: int) -> dict[tuple[str, int], str]:
         """Which of the `chosen` groups fail: found by halving, all of them if they fail together alone."""
         if not chosen:
             return {}
@@ -247,17 +259,19 @@ class Trial:
         pair, half = divmod(trial, 2)
         mask = _halves(groups, chosen, pair)[half] if pair < self.pairs else _least(groups, chosen, self.min_width)
         reason = self.objection(groups, mask, trains)
+        if reason == _UNPREDICTED and self._learn_slopes(groups, [layer for layer in chosen if _bundles(layer)]):
+            reason = self.objection(groups, mask, trains)
         if reason is None:
             return {}
-        found: dict[str, str] = {}
+        found: dict[tuple[str, int], str] = {}
         middle = len(chosen) // 2
         for part in (chosen[:middle], chosen[middle:]) if middle else ():
             found |= self._culprits(groups, part, trial)
         if reason == _UNPREDICTED and not found:
-            if len(chosen) == 1 and chosen[0].root not in self.slopes:
-                self._learn_slope(groups, chosen[0], mask)
+            if len(chosen) == 1:
+                self._learn_slopes(groups, chosen)
             reason = self.objection(groups, mask, trains)
-        return found or ({layer.root: reason for layer in chosen} if reason else {})
+        return found or ({layer.key: reason for layer in chosen} if reason else {})
 
 
 def _named(error: Exception) -> str:

@@ -83,9 +83,10 @@ def _agree(there: dict[str, Any], here: dict[str, Any]) -> None:
                 f"state_dict belongs to another model: parameter {name} is {shapes[0]} there and {shapes[1]} here"
             )
     if there["groups"] != here["groups"]:
-        one, other = ({root for root, _ in side["groups"]} for side in (there, here))
+        one, other = ({tuple(group) for group in side["groups"]} for side in (there, here))
+        differ = ", ".join(sorted({root for root, _ in one ^ other}))
         raise ValueError(
-            f"state_dict belongs to another model: the groups of {', '.join(sorted(one ^ other))} are prunable in one "
+            f"state_dict belongs to another model: the groups of {differ} are prunable in one "
             "of them alone; build model and ATO with the same frozen and ignored layers"
         )
     for name, value in here.items():

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 from ato_optim import ATO
 from ato_optim.proof import difference
@@ -203,3 +205,8 @@ def test_difference_is_relative_to_what_has_changed():
     assert difference(zeroed, torch.tensor([-1e9, inf, 2.5, 7.0])) == pytest.approx(0.5e-9)
     assert difference(zeroed, torch.tensor([-1e9, 0.0, 2.0, 7.0]), before) == inf
     assert difference(zeroed, zeroed[:3], before) == difference(zeroed, zeroed * math.nan, before) == inf
+
+
+def test_norms_of_buffers_are_not_put_to_sleep():
+    model = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
+    assert "the forward fails without it" in pruned(model, torch.randn(1, 3, 64, 64))["conv1"]

@@ -1,5 +1,7 @@
 """What is counted: MACs that do not depend on the kernel that runs them, and a budget that holds with all of them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from ato_optim import ATO
 from ato_optim.budget import least_mask
 from ato_optim.compress import apply_cut, derive_cut
 from ato_optim.cost import count_macs
-from ato_optim.proof import difference
+from ato_optim.proof import Trial, difference, zero_producers
 
 WIDTH, HEAD, LENGTH = 16, 4, 20
 
@@ -68,6 +70,59 @@ def test_heads_are_pruned_at_what_they_cost(attend):
         assert count_macs(pruned, tokens()) == cost(mask).item()
 
 
+class SharedKeys(Attention):
+    """Grouped-query attention: two heads of keys serve three heads of queries each."""
+
+    def __init__(self):
+        super().__init__(partial(F.scaled_dot_product_attention, enable_gqa=True))
+        self.k, self.v = nn.Linear(WIDTH, 2 * HEAD), nn.Linear(WIDTH, 2 * HEAD)
+
+
+def test_heads_of_queries_go_with_the_keys_that_they_share():
+    model = randomised(SharedKeys()).train()
+    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, tokens(), target_flops=0.8, total_steps=1)
+    attention = next(layer for layer in optimizer.plan.groups.layers if "q" in layer.layers)
+    assert attention.size == 2 and attention.layers == {"q": 3 * HEAD, "k": HEAD, "v": HEAD}
+    mask = torch.ones_like(optimizer.mask)
+    mask[attention.start] = False
+    restore = zero_producers(model.eval(), optimizer.plan.groups, mask)
+    expected = model(tokens())
+    restore()
+    apply_cut(derive_cut(model, optimizer.plan.groups, mask), model)
+    assert model.q.out_features == 3 * HEAD and model.k.out_features == HEAD
+    assert difference(expected, model(tokens())) < 1e-6
+    assert count_macs(model, tokens()) == optimizer.plan.cost(mask).item()
+
+
+class Blocks(nn.Sequential):
+    """Attentions on a residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            h = F.layer_norm(x, x.shape[-1:])
+            q, k, v = (layer(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (block.q, block.k, block.v))
+            x = x + block.out(fused(q, k, v).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_trials_do_not_grow_in_number_with_the_attentions(monkeypatch):
+    met = []
+    objection = Trial.objection
+    monkeypatch.setattr(Trial, "objection", lambda *arguments: met.append(1) or objection(*arguments))
+
+    def trials(depth: int) -> int:
+        met.clear()
+        model = Blocks(*(Attention(fused) for _ in range(depth)))
+        for block in model:
+            del block.embed, block.hidden, block.fc
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        plan = ATO(base, model, torch.randn(2, LENGTH, WIDTH), target_flops=1, total_steps=1).plan
+        assert len(plan.groups.layers) == depth
+        return len(met)
+
+    assert trials(2) == trials(6)
+
+
 def test_a_fused_attention_costs_what_one_by_hand_does():
     macs = [count_macs(Attention(attend), tokens()) for attend in (fused, by_hand, by_einsum)]
     assert len(set(macs)) == 1
@@ -84,6 +139,19 @@ def test_queries_that_share_keys_cost_what_they_do_apart():
 
     q, k, v = torch.randn(2, 6, 9, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 5)
     assert count_macs(Shared(), (q, k, v)) == 2 * 6 * 9 * 7 * (4 + 5)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="not in the oldest torch")
+def test_grouped_products_cost_what_they_do_apart():
+    class Grouped(nn.Module):
+        def forward(self, a, b, offs=None):
+            return F.grouped_mm(a, b, offs=offs)
+
+    ends = torch.tensor([16, 24, 48], dtype=torch.int32)
+    tokens, batch = torch.randn(48, 64), torch.randn(3, 24, 64)
+    experts = torch.randn(3, 64, 32)
+    assert count_macs(Grouped(), (tokens, experts, ends)) == 48 * 64 * 32
+    assert count_macs(Grouped(), (batch, experts)) == 3 * 24 * 64 * 32
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

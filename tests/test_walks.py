@@ -337,3 +337,94 @@ class Scale(nn.Module):
 def test_a_module_whose_scale_is_pruned_is_not_among_what_is_left_alone():
     optimizer = plan(nn.Sequential(nn.Linear(6, 16), Scale(), nn.ReLU(), nn.Linear(16, 5)), torch.randn(3, 6))
     assert roots(optimizer) == {"0"} and "1" not in reasons(optimizer)
+
+
+class CrossStage(nn.Module):
+    """Half of a layer's channels, by a number, go through residual blocks, the other half around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.split = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 32, 1)
+        self.a, self.b, self.out = nn.Conv2d(16, 12, 1), nn.Conv2d(12, 16, 1), nn.Conv2d(32, 20, 1)
+        self.fc = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        around, h = torch.relu(self.split(torch.relu(self.stem(x)))).split(16, 1)
+        h = torch.relu(h + self.b(torch.relu(self.a(h))))
+        return self.fc(torch.relu(self.out(torch.cat([around, h], 1))).mean((2, 3)))
+
+
+def test_parts_of_a_layer_fail_the_trial_one_by_one():
+    optimizer = plan(CrossStage(), torch.randn(2, 3, 9, 9))
+    parts = [layer for layer in optimizer.plan.groups.layers if layer.root == "split"]
+    assert [(part.size, list(part.layers)) for part in parts] == [(16, ["split", "b"])]
+    assert reasons(optimizer) == {"fc": "is an output of the model"}
+
+
+class LearnedMap(nn.Module):
+    """A map that is added to a residual stream, by place and channel."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.map = nn.Parameter(torch.randn(shape))
+        self.stem, self.one, self.two = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 32, 1), nn.Conv2d(32, 24, 1)
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.map
+        return self.fc(torch.relu(x + self.two(torch.relu(self.one(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 7, 6), (24, 7, 6), (1, 24, 1, 1), (24, 1, 6)])
+def test_a_map_that_is_added_to_channels_goes_with_them(shape):
+    optimizer = plan(LearnedMap(*shape), torch.randn(2, 3, 9, 8))
+    assert roots(optimizer) == {"stem", "one"}
+
+
+class Reads(nn.Module):
+    """A layer that is not called, and a module that has both weights and a child."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights, self.activation = nn.Parameter(torch.randn(6, 10)), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(x @ self.weights)
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.read, self.one, self.two = (
+            self.Experts(),
+            nn.Linear(10, 8),
+            nn.Linear(8, 12),
+            nn.Linear(12, 5),
+        )
+        self.scale = nn.Sequential()
+        self.scale.vector = nn.Parameter(torch.ones(1, 1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(self.experts(x), self.read.weight, self.read.bias)
+        return self.two(torch.relu(self.one(h))) * self.scale.vector[0]
+
+
+def test_all_that_is_left_alone_is_named():
+    found = reasons(plan(Reads(), torch.randn(4, 6)))
+    assert found.keys() == {"experts", "read", "two"}
+    assert "is a Experts" in found["experts"] and "is not called" in found["read"]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.Identity])
+def test_layers_of_a_group_that_is_refused_are_all_named(norm):
+    class Stream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one, self.two = nn.Linear(6, 20), nn.Linear(20, 12), nn.Linear(12, 20)
+            self.norm, self.fc = norm(20), nn.Linear(20, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.fc(self.norm(x + self.two(torch.relu(self.one(x)))).softmax(-1))
+
+    optimizer = plan(Stream(), torch.randn(4, 6))
+    assert roots(optimizer) == {"one"} and reasons(optimizer).keys() == {"stem", "two", "fc"}
