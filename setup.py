@@ -24,7 +24,7 @@ setup(
     extras_require={
         "bench": BENCH,
         "test": [*BENCH, "hypothesis", "mypy", "pytest", "ruff"],
-        "integrations": ["lightning", "accelerate"],
+        "integrations": ["lightning", "accelerate", "transformers"],
         "docs": ["mkdocs"],
     },
 )

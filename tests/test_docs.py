@@ -69,7 +69,7 @@ def test_no_table_waits_for_its_figures():
 
 LOOPS = re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGES["loops.md"], re.MULTILINE | re.DOTALL)
 RECIPES = [(title, block) for title, text in LOOPS for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
-NEEDS = {"Lightning": "lightning", "Hugging Face Accelerate": "accelerate"}
+NEEDS = {"Lightning": "lightning", "Hugging Face Accelerate": "accelerate", "Hugging Face Trainer": "transformers"}
 
 
 @pytest.fixture(scope="module")

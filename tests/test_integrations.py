@@ -1,4 +1,4 @@
-"""Other people's loops, run for real: Lightning, Accelerate, and one like torchvision's references."""
+"""Other people's loops, run for real: Lightning, Accelerate, Trainer, and one like torchvision's references."""
 
 import copy
 import warnings
@@ -216,6 +216,62 @@ def test_accelerate_in_mixed_precision():
         assert sum(p.numel() for p in network.parameters()) == ato.report().parameters_after
     bare = accelerator.unwrap_model(small, keep_fp32_wrapper=False)
     assert difference(expected, bare(example())) < 5e-2
+
+
+class Classifier(nn.Module):
+    """Computes the loss itself, as models for Trainer do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, images, labels):
+        return {"loss": F.cross_entropy(self.net(images), labels)}
+
+
+def trained(transformers, folder, early=False, accumulate=1, resume=None):
+    """A run of Trainer, whose checkpoints after 12 and 36 steps stay in `folder`; gives network and ATO."""
+
+    class Trainer(transformers.Trainer):
+        def get_train_dataloader(self):  # in order
+            loader = data()
+            loader.collate_fn = lambda samples: dict(
+                zip(("images", "labels"), map(torch.stack, zip(*samples, strict=True)), strict=True)
+            )
+            return self.accelerator.prepare(loader)
+
+    class Cut(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if early and ato.removable:
+                ato.compress()
+
+    model = Classifier()
+    ato, scheduler = build(model.net, STEPS // accumulate)
+    if resume:
+        ato.load_state_dict(torch.load(f"{resume}/optimizer.pt", weights_only=True))
+    settings = transformers.TrainingArguments(
+        folder, max_steps=STEPS // accumulate, gradient_accumulation_steps=accumulate, save_strategy="steps",
+        save_steps=12, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, settings, optimizers=(ato, scheduler), callbacks=[Cut()])
+    trainer.train(resume_from_checkpoint=resume)
+    return model.net, ato
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_trainer_resumed(early, tmp_path):
+    """From checkpoints in the search and, if there is an early cut, after it: the plain loop."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: ato_optim[integrations]")
+    expected = plain_loop(early)
+    assert_same(*trained(transformers, tmp_path / "whole", early), expected)
+    for step in (12, 36):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        assert_same(*trained(transformers, tmp_path / str(step), early, resume=checkpoint), expected)
+
+
+def test_trainer_accumulates(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: ato_optim[integrations]")
+    assert_same(*trained(transformers, tmp_path, accumulate=2), plain_loop(accumulate=2))
 
 
 def test_a_loop_like_torchvisions_references(tmp_path):
