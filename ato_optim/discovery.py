@@ -160,7 +160,9 @@ def _unknown(module: nn.Module, pruned: set[Tensor]) -> str | None:
     """Why no walk begins or ends at a layer with weights, none of them `pruned`, of a kind unknown to torch-pruning."""
     own = [p for p in module.parameters(recurse=False) if sum(n > 1 for n in p.shape) > 1]
     if own and pruned.isdisjoint(own) and tp.ops.module2type(module) in _UNTOLD:
-        return f"is a {type(module).__name__}: convolutions and linear layers of torch.nn are what is pruned"
+        whole = next(module.children(), None) is None
+        what = f"is a {type(module).__name__}" if whole else "holds weights besides its layers"
+        return f"{what}: convolutions and linear layers of torch.nn are what is pruned"
     return None
 
 

@@ -411,7 +411,7 @@ class Reads(nn.Module):
 def test_all_that_is_left_alone_is_named():
     found = reasons(plan(Reads(), torch.randn(4, 6)))
     assert found.keys() == {"experts", "read", "two"}
-    assert "is a Experts" in found["experts"] and "is not called" in found["read"]
+    assert "holds weights besides its layers" in found["experts"] and "is not called" in found["read"]
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.Identity])
