@@ -157,6 +157,15 @@ def from_scratch(runs: Runs) -> str:
     return table([*columns, "the run is ahead by", "MACs of its training", "of theirs", "n"], rows)
 
 
+def by_widths(runs: Runs) -> dict[str, Runs]:
+    """Runs by the widths inside of their blocks."""
+    groups: dict[str, Runs] = defaultdict(list)
+    for run in runs:
+        inner = [str(width) for name, width in run["widths"].items() if name.endswith("conv1")]
+        groups[f"{' '.join(inner)}, {100 * run['macs_kept']:.1f} %"].append(run)
+    return groups
+
+
 def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
     """One row a value of `setting`, of which `default` is what ATO does unasked."""
     rows = []
@@ -264,7 +273,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         ("magnitude, streams whole", load("control-streams-45-"), longer_ato),
         ("magnitude; ato cuts at 0.15", at_45["magnitude"], early_cut),
     )
-    strongest = load("which-")
+    strongest, by_hand = load("which-"), load("hand-")
+    found = [run for run in scratch if run["name"].startswith("scratch-resnet20-ato-45-")]
     vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
     vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
     vgg_weighed = load("vgg16-")
@@ -285,6 +295,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "equal cost commands": commands(longer_ato + early_cut + longer_narrow + as_dense),
         "from scratch": from_scratch(scratch),
         "from scratch commands": commands(scratch),
+        "by hand": variants("inner widths, MACs kept", {**by_widths(by_hand), "ato's": found}, "ato's"),
+        "by hand commands": commands(by_hand),
         "which": variants("channels by", {**by_value(strongest), "controller": at_45["ato"]}, "controller"),
         "which commands": commands(strongest),
         "streams": streams(streams_pruned + methods["magnitude"], whole),
