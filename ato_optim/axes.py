@@ -66,7 +66,8 @@ def moves_by_name(grad_fn: Any, place: int, forward: bool) -> list[Move]:
         return [partial(_halve if forward else _double, size=_input_shape(grad_fn)[_dimensions(grad_fn)[0]])]
     if kind.startswith("ScaledDotProduct") and place > 0 and hasattr(grad_fn, "_saved_query"):
         heads, shared = (saved.shape[1] for saved in (grad_fn._saved_query, grad_fn._saved_key))
-        return [partial(_spread if forward else _gather, heads=heads, shared=shared)] if shared < heads else []
+        if 1 < shared < heads:  # a single one is broadcast, and stays
+            return [partial(_spread if forward else _gather, heads=heads, shared=shared)]
     if forward and (kind in ORDERS or kind in POOLS):
         shape = _input_shape(grad_fn)
         dims = list(range(len(shape)))[-POOLS[kind] :] if kind in POOLS else _dimensions(grad_fn)
