@@ -213,7 +213,7 @@ class Discovery:
                 elif module not in inside and module.weight not in pruned:
                     self.left_out[name] = "is not called: its weight is read by another module"
         unknown = {name: _unknown(module, pruned) for module, name in self._modules.items()}
-        self.left_out |= {name: reason for name, reason in unknown.items() if reason}
+        self.left_out |= {name: reason for name, reason in unknown.items() if name and reason}  # the root is no layer
 
     def _find(self, walker: Walker, frozen: set[Tensor]) -> None:
         """Walk from every layer whose channels no earlier walk has met."""

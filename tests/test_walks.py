@@ -400,12 +400,13 @@ class Reads(nn.Module):
             nn.Linear(8, 12),
             nn.Linear(12, 5),
         )
+        self.table = nn.Parameter(torch.randn(4, 5))
         self.scale = nn.Sequential()
         self.scale.vector = nn.Parameter(torch.ones(1, 1, 5))
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(self.experts(x), self.read.weight, self.read.bias)
-        return self.two(torch.relu(self.one(h))) * self.scale.vector[0]
+        return self.two(torch.relu(self.one(h))) * self.scale.vector[0] + self.table
 
 
 def test_all_that_is_left_alone_is_named():
