@@ -208,7 +208,9 @@ class Discovery:
             if has_width(module) and module not in traced.graph.module2node:
                 if counts.get(name):
                     self.left_out[name] = _HIDDEN
-                elif module.weight in self._names and module.weight not in traced.parameters:
+                elif module.weight not in self._names:  # it is parametrized
+                    continue
+                elif module.weight not in traced.parameters:
                     self.left_out[name] = UNREACHED
                 elif module not in inside and module.weight not in pruned:
                     self.left_out[name] = "is not called: its weight is read by another module"
