@@ -429,3 +429,9 @@ def test_layers_of_a_group_that_is_refused_are_all_named(norm):
 
     optimizer = plan(Stream(), torch.randn(4, 6))
     assert roots(optimizer) == {"one"} and reasons(optimizer).keys() == {"stem", "two", "fc"}
+
+
+def test_the_projection_inside_of_an_attention_is_no_layer_of_its_own():
+    layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True, dropout=0.0)
+    found = reasons(plan(nn.Sequential(nn.Linear(6, 12), layer, nn.Linear(12, 5)), torch.randn(2, 7, 6)))
+    assert "2" in found and "1.self_attn.out_proj" not in found
