@@ -105,7 +105,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "seed": (lambda v: v == int(v), "a whole number"),
     "interval": (lambda v: v >= 1 and v == int(v), "a whole number of steps from 1, or None"),
     "gamma": (lambda v: v > 0, "above 0: it is the weight of the budget in the controller's loss, 8 say"),
-    "beta": (lambda v: v >= 0, "at least 0: it is the weight of the capacity in the controller's loss, 0.3 say"),
+    "beta": (lambda v: v >= 0, "at least 0: it is the weight of channels in the controller's loss, 1.5 say"),
 }
 
 
@@ -124,7 +124,7 @@ def arguments(
     if not _reals(phases, 4) or not 0 <= phases[0] <= phases[1] <= phases[2] <= phases[3] <= 1:
         raise ValueError(
             f"phases={phases}: pass four rising shares of the run at which search, pull, commit and the exact zeros "
-            "begin, (0.1, 0.25, 0.3, 0.32) say"
+            "begin, (0.02, 0.1, 0.13, 0.15) say"
         )
     if projection not in get_args(Projection):
         raise ValueError(f"projection={projection!r}: pass one of {', '.join(map(repr, get_args(Projection)))}")

@@ -106,20 +106,6 @@ def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn = ca
     return counted(model, example_inputs, forward_fn)[1][""]
 
 
-def count_weights(model: nn.Module) -> dict[str, int]:
-    """Entries of the weights of convolutions and linear layers by module name; the empty name has the total.
-
-    A weight that modules share counts once.
-    """
-    counts: dict[str, int] = {}
-    seen: set[Tensor] = set()
-    for name, module in model.named_modules():
-        if has_width(module) and module.weight not in seen:
-            seen.add(module.weight)
-            counts[name] = module.weight.numel()
-    return {**counts, "": sum(counts.values())}
-
-
 def has_width(module: nn.Module) -> bool:
     """Whether `module` is a convolution or linear layer, whose MACs the gates change."""
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
@@ -196,7 +182,7 @@ def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], t
 def build_cost(
     model: nn.Module, groups: Groups, counts: dict[str, int], slopes: Mapping[tuple[str, int], float] | None = None
 ) -> CostModel:
-    """The cost model of `model` under `groups`, from its own `counts` (see counted, count_weights).
+    """The cost model of `model` under `groups`, from its own `counts` (see counted).
 
     `slopes` are what a gate costs outside of layers, by the keys of layer groups; where it is missing, nothing.
     """

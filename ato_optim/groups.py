@@ -132,6 +132,14 @@ class Groups:
         sizes = torch.tensor([layer.size for layer in self.layers], dtype=torch.long)
         return torch.arange(len(self.layers)).repeat_interleave(sizes)
 
+    def channels(self) -> Tensor:
+        """(gates,) int64: how many channels of its layer group's root each gate opens."""
+        channels = torch.zeros(self.num_gates, dtype=torch.long)
+        for layer in self.layers:
+            opened_by = self.sides[layer.root, True]
+            channels[layer.gates] = torch.bincount(opened_by, minlength=layer.gates.stop)[layer.gates]
+        return channels
+
     def to(self, device: torch.device) -> Groups:
         """The same on `device`."""
         producers, consumers, followers = (t.to(device) for t in (self.producers, self.consumers, self.followers))

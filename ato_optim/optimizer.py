@@ -54,7 +54,7 @@ class ATO(torch.optim.Optimizer):
         phases: shares of the run at which search, pull, commit and the exact zeros begin.
         interval: steps between controller turns; default: from 2 to 20, for 500 to 750 turns where they allow it.
         gamma: weight of the budget in the controller's loss.
-        beta: weight of the capacity in it: how much more weights are worth at the same MACs.
+        beta: weight of the number of channels in it: how much more of them are worth at the same MACs.
         controller_lr: of the controller's AdamW; default: 0.2 over the number of its turns.
         controller_weight_decay: likewise of the controller's AdamW.
         seed: of the controller's weights and noise; the same on every rank.
@@ -86,10 +86,10 @@ class ATO(torch.optim.Optimizer):
         pull_time: float = 0.1,
         penalty: tuple[float, float] = (10.0, 1000.0),
         epsilon: float = 0.1,
-        phases: Sequence[float] = (0.1, 0.25, 0.3, 0.32),
+        phases: Sequence[float] = (0.02, 0.1, 0.13, 0.15),
         interval: int | None = None,
         gamma: float = 8.0,
-        beta: float = 0.3,
+        beta: float = 1.5,
         controller_lr: float | None = None,
         controller_weight_decay: float = 1e-2,
         seed: int = 0,

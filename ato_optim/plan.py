@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .budget import least_mask, minimum_widths
 from .conditions import forked_rng, other_counts
-from .cost import CostModel, build_cost, count_weights, counted
+from .cost import CostModel, build_cost, counted
 from .discovery import Discovery
 from .graph import ForwardFn
-from .groups import Groups, LayerGroup
+from .groups import Groups
 from .proof import Trial
 from .report import Width
 from .threads import one_at_a_time
@@ -29,8 +29,8 @@ class Plan:
     Attributes:
         groups: what can be pruned, and what not and why.
         cost: MACs as a function of the gates.
-        capacity: weights of convolutions and linear layers, likewise.
         layer_of_gate: (gates,) int64, the layer group of each gate.
+        channels: (gates,) int64, how many channels of the root of its layer group each gate opens.
         sizes: (layers,) int64, how many gates each layer group has.
         summed: (layers,) bool, which of them are residual streams.
         shapes: of all parameters, by name, before anything is removed.
@@ -38,8 +38,8 @@ class Plan:
 
     groups: Groups
     cost: CostModel
-    capacity: CostModel
     layer_of_gate: Tensor
+    channels: Tensor
     sizes: Tensor
     summed: Tensor
     shapes: dict[str, tuple[int, ...]]
@@ -62,12 +62,6 @@ class Plan:
                 if name in sizes:
                     sizes[name][dim] = int(open_.sum())
         return sum(math.prod(shape) for shape in sizes.values())
-
-    def _channels(self, layer: LayerGroup, mask: Tensor) -> int:
-        """Channels of the root of `layer` that the open gates of `mask` (gates,) bool keep."""
-        gates = self.groups.sides[layer.root, True]
-        own = gates[(gates >= layer.start) & (gates < layer.start + layer.size)]
-        return int(mask.cpu()[own].sum())
 
     def lots(self, round_to: int) -> Tensor:
         """Gates (layers,) int64 that go together for widths that are multiples of `round_to` channels."""
@@ -100,7 +94,10 @@ class Plan:
             "parameters_before": self.count_parameters(dense),
             "parameters_after": self.count_parameters(mask),
             "widths": tuple(
-                Width(tuple(layer.layers), *(self._channels(layer, which) for which in (dense, least, mask)))
+                Width(
+                    tuple(layer.layers),
+                    *(int(self.channels[layer.gates][which[layer.gates]].sum()) for which in (dense, least, mask)),
+                )
                 for layer in self.groups.layers
             ),
             "left_out": tuple((entry.layers, entry.reason) for entry in self.groups.left_out),
@@ -144,13 +141,12 @@ def make_plan(
             found.refuse(failed)
             groups = found.groups()
         cost = build_cost(copied, groups, counts, trial.slopes)
-        capacity = build_cost(copied, groups, count_weights(copied))
     layer_of_gate = groups.layer_of_gate()
     return Plan(
         groups.to(device),
         cost.to(device),
-        capacity.to(device),
         layer_of_gate.to(device),
+        groups.channels().to(device),
         torch.tensor([layer.size for layer in groups.layers], dtype=torch.long, device=device),
         torch.tensor([layer.summed for layer in groups.layers], dtype=torch.bool, device=device),
         {name: tuple(p.shape) for name, p in model.named_parameters()},

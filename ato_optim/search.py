@@ -22,7 +22,7 @@ class Search:
     Args:
         least: fewest open gates (layers,) int64 of every layer group.
         target: share of the dense MACs that may be kept.
-        gamma, beta: weights of the budget and of the capacity in the controller's loss.
+        gamma, beta: weights of the budget and of the number of channels in the controller's loss.
         lr, weight_decay: of its AdamW.
         seed: of its weights and noise.
     """
@@ -42,7 +42,9 @@ class Search:
         self.gamma, self.beta, self.seed = gamma, beta, seed
         self.settings = {"gamma": float(gamma), "beta": float(beta), "controller_lr": lr,
                          "controller_weight_decay": weight_decay, "seed": seed}  # fmt: skip
-        self.free = (least < plan.sizes)[plan.layer_of_gate].nonzero().flatten()
+        closable = (least < plan.sizes)[plan.layer_of_gate]
+        self.free = closable.nonzero().flatten()
+        self.channels = plan.channels * closable / (plan.channels * closable).sum()
         layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
         self.controller = Controller(layer_of_gate.cpu(), seed).to(plan.device)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
@@ -68,8 +70,8 @@ class Search:
         with torch.enable_grad():
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
-            capacity = self.plan.capacity(gates) / self.plan.capacity.dense
-            loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, capacity, self.beta)
+            channels = gates @ self.channels
+            loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, channels, self.beta)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
