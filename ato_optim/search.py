@@ -70,7 +70,7 @@ class Search:
         with torch.enable_grad():
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
-            channels = gates @ self.channels
+            channels = gates @ self.channels.to(gates)
             loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, channels, self.beta)
             self.optimizer.zero_grad()
             loss.backward()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from networks import Residual, batches, example
+from networks import SHORT, Residual, batches, example
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils import _pytree
 
@@ -24,7 +24,7 @@ STEPS = 60
 def build():
     model = Residual()
     base = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=STEPS, interval=2)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=STEPS, phases=SHORT, interval=2)
     return model, optimizer, OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
 
 

@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from ato_optim.conditions import randomise
 
+SHORT = (0.1, 0.25, 0.3, 0.32)
+"""Phases for runs of some dozen steps, of which the default's leave the controller next to none."""
+
 
 class Block(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, groups: int = 1, stride: int = 1):

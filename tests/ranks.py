@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from networks import Flatten, Residual, batches, example
+from networks import SHORT, Flatten, Residual, batches, example
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,7 +34,9 @@ def wrap(model, named, projection="timed"):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     dtype = next(model.parameters()).dtype
     x = example(1).to(dtype)
-    return ATO(base, named, x, target_flops=0.5, total_steps=STEPS, interval=2, projection=projection, streams=0)
+    return ATO(
+        base, named, x, target_flops=0.5, total_steps=STEPS, phases=SHORT, interval=2, projection=projection, streams=0
+    )
 
 
 def whole(tensor):

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from networks import Residual, example
+from networks import SHORT, Residual, example
 from test_optimizer import make, train
 from torch import nn
 
@@ -19,7 +19,7 @@ def build(model=None, base=None, inputs=None, **options):
     model = Residual() if model is None else model
     base = torch.optim.SGD(model.parameters(), lr=0.1) if base is None else base
     inputs = example() if inputs is None else inputs
-    return ATO(base, model, inputs, **{"target_flops": 0.5, "total_steps": 10, **options})
+    return ATO(base, model, inputs, **{"target_flops": 0.5, "total_steps": 10, "phases": SHORT, **options})
 
 
 @pytest.mark.parametrize(

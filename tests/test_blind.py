@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
+from networks import SHORT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
@@ -15,7 +16,7 @@ from ato_optim.proof import difference
 
 def pruned(model: nn.Module, inputs, **options) -> dict[str, str]:
     """What became of each layer: pruned, or the reason why not."""
-    options = {"target_flops": 1, "total_steps": 1} | options
+    options = {"target_flops": 1, "total_steps": 1, "phases": SHORT} | options
     report = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, inputs, **options).report()
     found = {layer: reason for layers, reason in report.left_out for layer in layers}
     return found | {layer: "pruned" for width in report.widths for layer in width.layers}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from networks import Depthwise, Residual, batches, example
+from networks import SHORT, Depthwise, Residual, batches, example
 from test_optimizer import make, train
 
 from ato_optim import ATO, load_pruned, save_pruned
@@ -161,7 +161,14 @@ def test_layers_that_were_replaced_after_the_cut_belong_to_the_network(saved, ag
     model = load_pruned(Residual(), saved[1])
     model.fc, model.one[2] = torch.nn.Linear(model.fc.in_features, 3), torch.nn.SiLU()
     if again:
-        optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=9)
+        optimizer = ATO(
+            torch.optim.SGD(model.parameters(), lr=0.05),
+            model,
+            example(),
+            target_flops=0.5,
+            total_steps=9,
+            phases=SHORT,
+        )
         for k in range(9):
             optimizer.zero_grad()
             model(example(seed=k)).square().mean().backward()
@@ -190,7 +197,9 @@ def test_sizes_may_be_numbers_of_numpy(tmp_path):
         return torch.nn.Sequential(torch.nn.Conv2d(3, channels, 3), norm, torch.nn.ReLU(), *head)
 
     model = network(np.int64)
-    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=0.5, total_steps=60)
+    optimizer = ATO(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=0.5, total_steps=60, phases=SHORT
+    )
     train(model, optimizer, 60)
     small = optimizer.compress()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
@@ -204,7 +213,9 @@ def test_sizes_may_be_numbers_of_numpy(tmp_path):
 
 def test_a_pruned_network_that_is_pruned_again_loads_into_the_dense_one(saved, tmp_path):
     model, _ = saved
-    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=20)
+    optimizer = ATO(
+        torch.optim.SGD(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=20, phases=SHORT
+    )
     train(model, optimizer, 20)
     small = optimizer.compress()
     save_pruned(torch.compile(small), tmp_path / "twice.pt")  # a wrapper makes no difference

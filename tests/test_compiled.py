@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Block, Flatten, Residual, batches, example
+from networks import SHORT, Block, Flatten, Residual, batches, example
 from test_optimizer import train
 from torch import nn
 from torch._dynamo.utils import counters
@@ -20,7 +20,7 @@ STEPS = 30
 
 def wrap(model, named):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return ATO(base, named, example(), target_flops=0.5, total_steps=STEPS, interval=1)
+    return ATO(base, named, example(), target_flops=0.5, total_steps=STEPS, phases=SHORT, interval=1)
 
 
 def wrapper_passed(model, **options):
@@ -212,7 +212,7 @@ def test_a_training_step_that_is_compiled_as_a_whole_is_the_plain_one(backend):
         model = Flatten().double()
         optimizer = ATO(
             torch.optim.AdamW(model.parameters(), lr=2e-3), model, example().double(), target_flops=0.5,
-            total_steps=STEPS, interval=1,
+            total_steps=STEPS, phases=SHORT, interval=1,
         )  # fmt: skip
 
         def step(x, y, model=model, optimizer=optimizer):

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Block, batches, example
+from networks import SHORT, Block, batches, example
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils import _pytree
@@ -99,7 +99,7 @@ def build(name, options, target_flops=0.5, total_steps=30, **more):
     base = CLASSES[name](model.parameters(), **SETTINGS.get(name, {}), **options)
     if target_flops is None:
         return model, base
-    return model, ATO(base, model, example(1), target_flops=target_flops, total_steps=total_steps, **more)
+    return model, ATO(base, model, example(1), target_flops=target_flops, total_steps=total_steps, phases=SHORT, **more)
 
 
 def leaves(*things):

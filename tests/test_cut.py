@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Residual, batches, example
+from networks import NETWORKS, SHORT, Residual, batches, example
 from test_optimizer import make, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -21,7 +21,7 @@ from ato_optim.proof import difference
 def pruned(model: nn.Module, target_flops: float = 0.6) -> tuple[nn.Module, ATO]:
     """`model` after a run that ends in a cut, which is checked to be exact."""
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    optimizer = ATO(base, model, example(), target_flops=target_flops, total_steps=20, interval=1)
+    optimizer = ATO(base, model, example(), target_flops=target_flops, total_steps=20, phases=SHORT, interval=1)
     train(model, optimizer, 20)
     expected = model.eval()(example())
     small = optimizer.compress()
@@ -66,7 +66,9 @@ class Inner(torch.optim.Optimizer):
 
 def test_an_optimizer_within_the_base_cannot_follow_and_nothing_is_changed():
     model = Residual()
-    optimizer = ATO(Inner(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=20)
+    optimizer = ATO(
+        Inner(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=20, phases=SHORT
+    )
     train(model, optimizer, 20)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"Inner\) holds another optimizer \(SGD\).*inplace=False"):
@@ -94,7 +96,7 @@ def test_a_wrapper_that_shares_its_lists_is_carried_over_with_all_state():
     torch.manual_seed(0)
     model = Residual()
     base = Shares(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, streams=0)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT, streams=0)
     train(model, optimizer, 20)
     momentum = base.base_optimizer.state[model.fc.weight]["momentum_buffer"].clone()
     kept = optimizer.plan.groups.sides["fc", False]
@@ -188,7 +190,7 @@ def test_layers_that_the_example_inputs_do_not_reach_are_named():
 
     def build(**options) -> ATO:
         base = torch.optim.SGD(model.parameters(), lr=0.05)
-        return ATO(base, model, example(), target_flops=0.5, total_steps=100, **options)
+        return ATO(base, model, example(), target_flops=0.5, total_steps=100, phases=SHORT, **options)
 
     with pytest.warns(UserWarning, match=r"do not reach layers that are trained: second\. .*forward_fn"):
         report = build().report()
@@ -301,4 +303,4 @@ def test_a_model_that_cannot_be_copied_is_refused_by_what_it_holds():
     model.lock = threading.Lock()
     base = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(ValueError, match=r"cannot be copied \(TypeError: cannot pickle.*lock"):
-        ATO(base, model, example(), target_flops=0.6, total_steps=100)
+        ATO(base, model, example(), target_flops=0.6, total_steps=100, phases=SHORT)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Flatten, Residual, batches, example
+from networks import NETWORKS, SHORT, Flatten, Residual, batches, example
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -96,7 +96,7 @@ def at_a_turn(network=Residual, base=momentum_sgd, **options):
     model = network()
     base = base(model.parameters())
     options = {"streams": 0, **options}  # so that every kind of gate closes
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=100, interval=3, **options)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=100, phases=SHORT, interval=3, **options)
     for x, y in batches(12):
 
         def closure(x=x, y=y):
@@ -313,7 +313,9 @@ def test_outputs_may_be_objects():
         torch.manual_seed(0)
         model = network()
         base = torch.optim.SGD(model.parameters(), lr=0.05)
-        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=40, interval=1, forward_fn=forward_fn)
+        optimizer = ATO(
+            base, model, example(), target_flops=0.5, total_steps=40, phases=SHORT, interval=1, forward_fn=forward_fn
+        )
         for x, y in batches(19):
             out = model(x)
             optimizer.zero_grad()

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Residual, batches, example
+from networks import SHORT, Residual, batches, example
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,7 +26,7 @@ def data():
 
 def build(model, total_steps=STEPS):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=total_steps, interval=1)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=total_steps, phases=SHORT, interval=1)
     return optimizer, OneCycleLR(optimizer, 0.1, total_steps=total_steps)
 
 
@@ -285,7 +285,7 @@ def test_a_loop_like_torchvisions_references(tmp_path):
             [{"params": others, "weight_decay": 1e-3}, {"params": norms, "weight_decay": 0.0}], lr=0.05, momentum=0.9,
             nesterov=True,
         )  # fmt: skip
-        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=STEPS, interval=2)
+        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=STEPS, phases=SHORT, interval=2)
         scheduler = LinearLR(optimizer, 0.1, total_iters=2)
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
         return model, optimizer, scheduler, average

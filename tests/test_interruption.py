@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Residual, example
+from networks import SHORT, Residual, example
 from test_optimizer import make, train
 
 from ato_optim import ATO
@@ -73,7 +73,7 @@ def test_a_checkpoint_between_backward_and_step_holds_the_turn(stop):
     model(example()).square().sum().backward()
     other = Residual()
     base = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    resumed = ATO(base, other, example(), target_flops=0.5, total_steps=60, interval=2, streams=0)
+    resumed = ATO(base, other, example(), target_flops=0.5, total_steps=60, phases=SHORT, interval=2, streams=0)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a file is: tensors are not shared
     other.load_state_dict(model.state_dict())
     assert resumed.turn_begun == optimizer.turn_begun
@@ -116,7 +116,7 @@ OTHERS = {
     "another base optimizer": ({"base": "adamw"}, "base_optimizer=SGD, this ATO has base_optimizer=AdamW"),
     "another seed": ({"seed": 1}, "seed=0, this ATO has seed=1"),
     "another weight of the budget": ({"gamma": 2}, "gamma="),
-    "another weight of the capacity": ({"beta": 2}, "beta="),
+    "another weight of the channels": ({"beta": 2}, "beta="),
 }
 
 
@@ -139,7 +139,7 @@ def test_other_versions_inputs_and_optimizers_are_refused():
     state = optimizer.state_dict()
     smaller = Residual()
     base = torch.optim.SGD(smaller.parameters(), lr=0.1)
-    other = ATO(base, smaller, example()[..., :8, :8], target_flops=0.5, total_steps=60)
+    other = ATO(base, smaller, example()[..., :8, :8], target_flops=0.5, total_steps=60, phases=SHORT)
     with pytest.raises(ValueError, match=r"MACs of example_inputs=\d+, this ATO has"):
         other.load_state_dict(state)
     state["ato"]["version"] = 1
@@ -167,7 +167,7 @@ def test_weights_of_a_cut_network_want_the_optimizer_first():
 def test_a_run_may_go_back_to_the_same_checkpoint_more_than_once():
     model = Residual()
     base = torch.optim.SGD(model.parameters(), lr=0.05)  # torch goes on in the momenta that it is given
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=200)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=200, phases=SHORT)
     train(model, optimizer, 30)
     state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     ends = []

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Flatten, Residual, batches, example
+from networks import SHORT, Flatten, Residual, batches, example
 from test_contract import Tiny, X, Y, assert_same, leaves, step
 from torch import nn
 from torch.utils import _pytree
@@ -18,7 +18,7 @@ from ato_optim.proof import difference
 
 def sgd(model, target_flops=0.5, total_steps=60, **options):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return ATO(base, model, example(1), target_flops=target_flops, total_steps=total_steps, **options)
+    return ATO(base, model, example(1), target_flops=target_flops, total_steps=total_steps, phases=SHORT, **options)
 
 
 def to_a_turn(model, optimizer):
@@ -72,7 +72,7 @@ def test_a_base_with_a_state_dict_of_its_own_is_asked_for_it():
         model = Tiny()
         base = Quantised(model.parameters(), lr=0.05, momentum=0.9)
         base.scale = scale
-        optimizers.append(ATO(base, model, example(1), target_flops=0.5, total_steps=60))
+        optimizers.append(ATO(base, model, example(1), target_flops=0.5, total_steps=60, phases=SHORT))
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     assert optimizers[1].base.scale == 2.0
 
@@ -144,7 +144,7 @@ def test_accumulated_and_clipped_turns_equal_those_of_the_whole_batch(clip):
         model.head[3].p = 0.0
         model.double()
         base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        optimizer = ATO(base, model, example(1).double(), target_flops=0.5, total_steps=60)
+        optimizer = ATO(base, model, example(1).double(), target_flops=0.5, total_steps=60, phases=SHORT)
         for x, y in batches(60):
             optimizer.zero_grad()
             for one, target in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
@@ -164,7 +164,7 @@ def test_several_forwards_before_one_backward_are_one_turn():
     model = Flatten().double()
     model.head[3].p = 0.0
     base = torch.optim.SGD(model.parameters(), lr=0.05)
-    optimizer = ATO(base, model, example(1).double(), target_flops=0.5, total_steps=60, interval=3)
+    optimizer = ATO(base, model, example(1).double(), target_flops=0.5, total_steps=60, phases=SHORT, interval=3)
     for _ in range(8):
         optimizer.zero_grad()
         F.cross_entropy(model(X.double()), Y).backward()

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Depthwise, Flatten, Residual, batches, example
+from networks import NETWORKS, SHORT, Depthwise, Flatten, Residual, batches, example
 
 from ato_optim import ATO
 from ato_optim.proof import difference
@@ -23,9 +23,14 @@ BASES = {
 def make(network=Residual, base="sgd", target_flops=0.5, total_steps=60, **options):
     torch.manual_seed(0)
     model = network()
-    options = {"streams": 0, **options}  # so that all that can be cut is cut
+    options = {"streams": 0, "phases": SHORT, **options}  # so that all that can be cut is cut
     return model, ATO(
-        BASES[base](model.parameters()), model, example(), target_flops=target_flops, total_steps=total_steps, **options
+        BASES[base](model.parameters()),
+        model,
+        example(),
+        target_flops=target_flops,
+        total_steps=total_steps,
+        **options,
     )
 
 
@@ -113,7 +118,13 @@ def test_each_group_of_channels_is_pulled_at_the_learning_rate_of_its_own_parame
         others = [p for name, p in model.named_parameters() if name not in names_of_first]
         rates = [{"params": others, "lr": rate_of_others}, {"params": first, "lr": rate_of_first}]
         optimizer = ATO(
-            torch.optim.SGD(rates, lr=1.0), model, example(), target_flops=0.5, total_steps=60, projection=projection
+            torch.optim.SGD(rates, lr=1.0),
+            model,
+            example(),
+            target_flops=0.5,
+            total_steps=60,
+            phases=SHORT,
+            projection=projection,
         )
         optimizer.mask[::2] = False
         optimizer._pull(optimizer.schedule.pull + 1)
@@ -245,7 +256,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop, early):
     torch.manual_seed(123)
     resumed_model = Residual()
     base = BASES["sgd"](resumed_model.parameters())
-    resumed = ATO(base, resumed_model, example(), target_flops=0.5, total_steps=60, streams=0)
+    resumed = ATO(base, resumed_model, example(), target_flops=0.5, total_steps=60, phases=SHORT, streams=0)
     resumed.load_state_dict(state["optimizer"])
     resumed_model.load_state_dict(state["model"])
     go_on(resumed_model, resumed, stop, 60)
@@ -290,7 +301,7 @@ def test_state_over_all_parameters_is_refused_by_compress_and_nothing_is_lost():
     torch.manual_seed(0)
     model = Flatten()
     base = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT)
     for x, y in batches(20):
 
         def closure(x=x, y=y):
@@ -365,7 +376,7 @@ def test_state_of_another_shape_than_its_parameter_is_not_cut():
     torch.manual_seed(0)
     model = Residual()
     base = Preconditioned(model.parameters(), lr=0.01)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, interval=1)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT, interval=1)
     train(model, optimizer, 20)
     shapes = [p.shape for p in model.parameters()]
     with pytest.raises(ValueError, match=r"the state 'preconditioner' .* cannot follow the cut"):

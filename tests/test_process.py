@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from networks import Flatten, Residual, example
+from networks import SHORT, Flatten, Residual, example
 from test_optimizer import make, train
 from torch_pruning.dependency import index_mapping, shape_infer
 
@@ -34,7 +34,7 @@ def test_optimizers_that_are_built_in_threads_are_alike_and_leave_all_as_it_was(
             for _ in range(4):
                 model = Flatten()
                 base = torch.optim.SGD(model.parameters(), lr=0.05)
-                optimizer = ATO(base, model, example(2), target_flops=0.5, total_steps=200)
+                optimizer = ATO(base, model, example(2), target_flops=0.5, total_steps=200, phases=SHORT)
                 heads.append(optimizer.search.controller.head.detach().clone())
         except Exception as error:
             errors.append(error)
@@ -79,7 +79,14 @@ def test_no_accelerators_random_state_is_touched(monkeypatch):
         warnings.simplefilter("error")
         model = Residual()
         state = torch.get_rng_state()
-        ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=0.5, total_steps=200)
+        ATO(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            example(),
+            target_flops=0.5,
+            total_steps=200,
+            phases=SHORT,
+        )
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -7,20 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, Residual, batches, example
+from networks import NETWORKS, SHORT, Residual, batches, example
 
 from ato_optim import ATO
 from ato_optim.budget import least_mask
 from ato_optim.controller import EVEN, binarise, controller_loss, gumbel_noise
 from ato_optim.schedule import MOST_LR, TRAVEL, Schedule
 
-PHASES = (0.1, 0.25, 0.3, 0.32)
-
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 100_000), st.floats(0.05, 1))
 def test_the_budget_falls_from_the_whole_to_the_target_before_anything_is_pulled(total_steps, target):
-    schedule = Schedule.over(total_steps, PHASES, 0.1)
+    schedule = Schedule.over(total_steps, SHORT, 0.1)
     asked = [schedule.budget(step, target) for step in range(schedule.search, min(schedule.commit, 500))]
     assert all(one >= other for one, other in itertools.pairwise(asked))
     assert all(target <= share <= 1 for share in asked)
@@ -32,7 +30,7 @@ def test_the_budget_falls_from_the_whole_to_the_target_before_anything_is_pulled
 @settings(max_examples=100, deadline=None)
 @given(st.integers(10, 200_000), st.one_of(st.none(), st.integers(1, 50)))
 def test_the_controller_gets_equally_far_whatever_the_number_of_turns(total_steps, interval):
-    schedule = Schedule.over(total_steps, PHASES, 0.1, interval)
+    schedule = Schedule.over(total_steps, SHORT, 0.1, interval)
     turns, last = 0, -1
     for step in range(schedule.search, min(schedule.commit, schedule.search + 3000)):
         if schedule.turn_due(step, last):
@@ -45,9 +43,9 @@ def test_the_controller_gets_equally_far_whatever_the_number_of_turns(total_step
 @pytest.mark.parametrize("target", [0.3, 0.6])
 def test_the_mask_follows_the_budget_where_the_loss_has_no_say(turns, target):
     model = Residual()
-    total = math.ceil(turns * 2 / (PHASES[2] - PHASES[0]))
+    total = math.ceil(turns * 2 / (SHORT[2] - SHORT[0]))
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ATO(base, model, example(), target_flops=target, total_steps=total, interval=2)
+    optimizer = ATO(base, model, example(), target_flops=target, total_steps=total, phases=SHORT, interval=2)
     search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
     nothing, last, off = torch.zeros(plan.groups.num_gates), -1, []
     for step in range(schedule.search, schedule.commit):
@@ -61,16 +59,16 @@ def test_the_mask_follows_the_budget_where_the_loss_has_no_say(turns, target):
 
 def test_the_loss_of_the_controller_has_the_gradient_that_it_states():
     gates = torch.rand(6, dtype=torch.float64, requires_grad=True)
-    gradient, macs, weights = torch.randn(6).double(), torch.rand(6).double(), torch.rand(6).double()
-    share, capacity = gates @ macs / macs.sum(), gates @ weights / weights.sum()
+    gradient, macs, channels = torch.randn(6).double(), torch.rand(6).double(), torch.rand(6).double()
+    share, kept = gates @ macs / macs.sum(), gates @ channels / channels.sum()
     target = share.item() / 2
-    controller_loss(gates, gradient, share, target, 8.0, capacity, 0.6).backward()
-    expected = gradient + 8 * macs / (gates @ macs) - 0.6 * weights / (gates @ weights)
+    controller_loss(gates, gradient, share, target, 8.0, kept, 0.6).backward()
+    expected = gradient + 8 * macs / (gates @ macs) - 0.6 * channels / (gates @ channels)
     torch.testing.assert_close(gates.grad, expected.detach())
 
 
-def test_at_the_same_macs_more_weights_are_kept():
-    """Where the loss has no say, beta decides between layers that cost the same and hold unequally many weights."""
+def test_at_the_same_macs_more_channels_are_kept():
+    """Where the loss has no say, beta prefers layers whose channels cost less."""
     kept = []
     for beta in (0.0, 2.0):
         model = Residual()
@@ -80,7 +78,7 @@ def test_at_the_same_macs_more_weights_are_kept():
         for step in range(schedule.search, schedule.commit, schedule.interval):
             search.learn(step, torch.zeros(plan.groups.num_gates), schedule.budget(step, 0.5))
         mask = search.settle(plan.lots(1))
-        kept.append(plan.capacity(mask).item() / plan.capacity.dense)
+        kept.append(plan.channels[mask].sum())
     assert kept[1] > kept[0]
 
 
@@ -106,7 +104,9 @@ def run(network=Residual, steps=0, **options):
     torch.manual_seed(0)
     model = network()
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    optimizer = ATO(base, model, example(), **{"target_flops": 0.5, "total_steps": 60, "interval": 2, **options})
+    optimizer = ATO(
+        base, model, example(), **{"target_flops": 0.5, "total_steps": 60, "phases": SHORT, "interval": 2, **options}
+    )
     for x, y in batches(steps):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()

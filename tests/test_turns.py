@@ -6,7 +6,7 @@ from collections import UserDict
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Residual, batches, example
+from networks import SHORT, Residual, batches, example
 from torch import Tensor, nn
 
 from ato_optim import ATO
@@ -19,7 +19,9 @@ from ato_optim.plan import make_plan
 def at_a_turn(model: nn.Module, total_steps: int = 20, **options) -> tuple[nn.Module, ATO, nn.Module]:
     """`model` with an ATO whose next step is a turn that closes gates, and a twin in which they are closed by hand."""
     base = torch.optim.SGD(model.parameters(), lr=0.05, maximize=options.pop("maximize", False))
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=total_steps, interval=1, **options)
+    optimizer = ATO(
+        base, model, example(), target_flops=0.5, total_steps=total_steps, phases=SHORT, interval=1, **options
+    )
     model.train()
     while not optimizer._turn_due:
         optimizer.zero_grad()
@@ -223,7 +225,9 @@ def test_parameters_of_several_dtypes(projection):
     model.fc.double()
     model.fc.register_forward_pre_hook(lambda fc, args: args[0].double())
     base = torch.optim.SGD(model.parameters(), lr=0.05)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=30, interval=1, projection=projection)
+    optimizer = ATO(
+        base, model, example(), target_flops=0.5, total_steps=30, phases=SHORT, interval=1, projection=projection
+    )
     for x, y in batches(30):
         optimizer.zero_grad()
         cross_entropy(model, x, y).backward()
@@ -235,7 +239,7 @@ def test_parameters_of_several_dtypes(projection):
 def test_a_compiled_step_is_a_step():
     model = Residual()
     base = torch.optim.SGD(model.parameters(), lr=0.05)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, interval=1)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT, interval=1)
 
     @torch.compile(backend="eager")
     def step():

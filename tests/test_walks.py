@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import SHORT
 from torch import Tensor, nn
 
 from ato_optim import ATO
@@ -10,7 +11,7 @@ from ato_optim import ATO
 
 def plan(model: nn.Module, x: Tensor, **options):
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return ATO(base, model, x, **{"target_flops": 1, "total_steps": 1, **options})
+    return ATO(base, model, x, **{"target_flops": 1, "total_steps": 1, "phases": SHORT, **options})
 
 
 def roots(optimizer: ATO) -> set[str]:

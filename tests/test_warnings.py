@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from networks import Residual, batches, example
+from networks import SHORT, Residual, batches, example
 from test_optimizer import make, train
 from torch.nn.functional import cross_entropy
 
@@ -24,7 +24,7 @@ def run(epochs: int, forget: bool) -> tuple[int, int]:
     torch.manual_seed(0)
     model = Residual()
     base = torch.optim.SGD(model.parameters(), lr=0.05)
-    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=200)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=200, phases=SHORT)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for k, (x, y) in enumerate(batches(200)):
@@ -61,7 +61,9 @@ class Careful(torch.optim.SGD):
 def test_a_turn_whose_gradients_are_not_finite_teaches_nothing_and_says_so():
     torch.manual_seed(0)
     model = Residual()
-    optimizer = ATO(Careful(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=200)
+    optimizer = ATO(
+        Careful(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=200, phases=SHORT
+    )
     for x, y in batches(200):
         optimizer.zero_grad()
         loss = cross_entropy(model(x), y)
