@@ -105,7 +105,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "seed": (lambda v: v == int(v), "a whole number"),
     "interval": (lambda v: v >= 1 and v == int(v), "a whole number of steps from 1, or None"),
     "gamma": (lambda v: v > 0, "above 0: it is the weight of the budget in the controller's loss, 8 say"),
-    "beta": (lambda v: v >= 0, "at least 0: it is the weight of channels in the controller's loss, 1.5 say"),
+    "beta": (lambda v: v >= 0, "at least 0: it is the weight of the capacity in the controller's loss, 1.5 say"),
 }
 
 

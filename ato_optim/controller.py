@@ -83,17 +83,17 @@ def budget_penalty(share: Tensor, target: float) -> Tensor:
 
 
 def controller_loss(
-    gates: Tensor, gate_gradient: Tensor, share: Tensor, target: float, gamma: float, channels: Tensor, beta: float
+    gates: Tensor, gate_gradient: Tensor, share: Tensor, target: float, gamma: float, capacity: Tensor, beta: float
 ) -> Tensor:
-    """A scalar whose gradient in the gates is that of L + gamma R - beta log(channels).
+    """A scalar whose gradient in the gates is that of L + gamma R - beta log(capacity).
 
-    The last term is not the authors': it prefers, among masks that cost the same, those which keep more channels.
+    The last term is not the authors': it prefers, among masks that cost the same, those which leave more capacity.
     What these could still learn, the loss of a network that has just begun to learn does not say.
 
     Args:
         gates: (gates,), differentiable in the controller's weights.
         gate_gradient: dL/dw (gates,) of the task's loss, measured with these gates.
         share: MACs(gates) / MACs(1), differentiable in the gates.
-        channels: share of the channels that the gates open, above 0, likewise.
+        capacity: of these gates (see capacity.py), above 0, likewise.
     """
-    return (gates * gate_gradient).sum() + gamma * budget_penalty(share, target) - beta * channels.log()
+    return (gates * gate_gradient).sum() + gamma * budget_penalty(share, target) - beta * capacity.log()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .optimizer import ATO
 
-VERSION = 4
+VERSION = 5
 """Version of the format of state_dict()["ato"]."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .budget import keep_minimum, solve
+from .capacity import capacity, find_chains
 from .controller import EVEN, Controller, binarise, controller_loss, gumbel_noise
 from .plan import Plan
 
@@ -22,7 +23,7 @@ class Search:
     Args:
         least: fewest open gates (layers,) int64 of every layer group.
         target: share of the dense MACs that may be kept.
-        gamma, beta: weights of the budget and of the number of channels in the controller's loss.
+        gamma, beta: weights of the budget and of the capacity in the controller's loss.
         lr, weight_decay: of its AdamW.
         seed: of its weights and noise.
     """
@@ -42,16 +43,22 @@ class Search:
         self.gamma, self.beta, self.seed = gamma, beta, seed
         self.settings = {"gamma": float(gamma), "beta": float(beta), "controller_lr": lr,
                          "controller_weight_decay": weight_decay, "seed": seed}  # fmt: skip
-        closable = (least < plan.sizes)[plan.layer_of_gate]
-        self.free = closable.nonzero().flatten()
-        self.channels = plan.channels * closable / (plan.channels * closable).sum()
-        layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
-        self.controller = Controller(layer_of_gate.cpu(), seed).to(plan.device)
+        closable = least < plan.sizes
+        self.free = closable[plan.layer_of_gate].nonzero().flatten()
+        self.layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
+        self.chain = find_chains(plan.cost, plan.layer_of_gate, plan.summed)[closable]
+        self.channels = self._channels(torch.ones(plan.groups.num_gates, device=plan.device))
+        self.controller = Controller(self.layer_of_gate.cpu(), seed).to(plan.device)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
 
     def _of_all(self, values: Tensor) -> Tensor:
         """`values` of the controller's gates as one a gate (gates,): infinite for those that are always open."""
         return values.new_full(self.plan.layer_of_gate.shape, math.inf).index_copy(0, self.free, values)
+
+    def _channels(self, gates: Tensor) -> Tensor:
+        """Channels (closable layers,) that `gates` (gates,) keep where the controller has a say."""
+        kept = (gates * self.plan.channels)[self.free]
+        return kept.new_zeros(len(self.chain)).index_add(0, self.layer_of_gate, kept)
 
     def gates(self, step: int) -> Tensor:
         """Gates (gates,) in {0., 1.} of the turn at `step`, differentiable in the controller's weights."""
@@ -70,8 +77,9 @@ class Search:
         with torch.enable_grad():
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
-            channels = gates @ self.channels.to(gates)
-            loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, channels, self.beta)
+            kept = self._channels(gates)
+            left = capacity(kept / self.channels, self.channels, self.chain)
+            loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, left, self.beta)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()

@@ -1,329 +1,170 @@
-"""Turn the JSON files of benchmarks/results/ into the tables and figures of docs/results.md and README.md.
+"""Turn the JSON files of benchmarks/results/ into the tables and figures of docs/ and README.md.
 
     python benchmarks/tables.py
 
 What stands in a page between <!-- NAME --> and <!-- end --> is written anew; the rest is prose.
 """
 
-import inspect
-import json
-import statistics
-import textwrap
-from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 from figures import draw_accuracy, draw_layers, draw_report
-from pages import fill, percent, table
-from runs import METHODS, ROOT, Runs, budgets, by_seed, grouped, lead, load, mean, training, with_error
+from pages import fill
+from result_tables import (
+    PAPER,
+    by_value,
+    by_widths,
+    commands,
+    comparison,
+    equal_cost,
+    from_scratch,
+    other_cuts,
+    paper_scale,
+    removal,
+    step_cost,
+    streams,
+    variants,
+)  # fmt: skip
+from runs import ROOT, Runs, budgets, load
 from zoo_tables import load_zoo, zoo_tables
 
-from ato_optim import ATO
-
 FIGURES = ROOT / "docs" / "figures"
-PAPER = (
-    ("resnet56", 0.45, "+0.24"),
-    ("resnet56", 0.35, "-0.02"),
-    ("mobilenet_v2", 0.54, "+0.33"),
-    ("resnet18", 0.2, "+0.10"),
-)
-"""Networks and budgets of Wu et al. 2024 on CIFAR-10, and the change of accuracy that they report."""
 
 
-COMPARED = (
-    "test accuracy, %", "change", "ato is ahead by", "MACs kept", "parameters kept", "MACs of training", "n",
-)  # fmt: skip
-"""Columns of a method in a comparison, after its name."""
+def of(method: str, runs: Runs) -> Runs:
+    """Those of `runs` that were trained by `method`."""
+    return [run for run in runs if run["arguments"]["method"] == method]
 
 
-def comparison(runs: Runs) -> str:
-    """One row a budget and method: accuracy, change against dense, lead of ato, what is kept, cost of training."""
-    rows = [
-        [percent(float(budget)), method, *compared(method, methods)]
-        for budget, methods in budgets(runs).items()
-        for method in methods
-    ]
-    return table(["budget", "method", *COMPARED], rows)
-
-
-def compared(method: str, methods: dict[str, Runs]) -> list[str]:
-    """The cells COMPARED of a method; `methods` are all that have the same budget."""
-    members = methods[method]
-    return [
-        mean(list(by_seed(members).values())),
-        "" if method == "dense" else with_error(lead(members, methods.get("dense", []))),
-        "" if method in ("dense", "ato") else with_error(lead(methods.get("ato", []), members)),
-        mean([100 * run["macs_kept"] for run in members], "{:.1f}") + " %",
-        parameters(members),
-        training_cost(members),
-        f"{len(by_seed(members))}",
-    ]
-
-
-def parameters(runs: Runs) -> str:
-    """The parameters that are kept."""
-    return mean([100 * run["parameters"] / run["dense_parameters"] for run in runs], "{:.1f}") + " %"
-
-
-def training_cost(runs: Runs) -> str:
-    """The MACs of the training, over a dense run's."""
-    return percent(statistics.mean(training(run) for run in runs))
-
-
-def short(arguments: dict[str, Any]) -> str:
-    """Further arguments of a run, for a cell."""
-    return f"`{textwrap.shorten(json.dumps(arguments), 50, placeholder=' ...')}`" if arguments else ""
-
-
-def other_cuts(controls: Runs, runs: Runs) -> str:
-    """The comparison's row for each other way to cut by magnitude; `runs` are those that the comparison shows."""
-    rows = []
-    for budget, methods in budgets(runs).items():
-        ways = grouped([run for run in controls if str(run["arguments"]["target_flops"]) == budget], "cut_at", "pruner")
-        for (cut_at, _), members in ways.items():
-            pruner = short(members[0]["arguments"]["pruner"])
-            found = compared("magnitude", {**methods, "magnitude": members})
-            rows.append([percent(float(budget)), cut_at, pruner, *found])
-    return table(["budget", "cut at", "torch-pruning's arguments", *COMPARED], rows)
-
-
-def streams(pruned: Runs, whole: Runs) -> str:
-    """One row a budget and method that was run both ways: with residual streams pruned like the rest, and whole."""
-    keys = "target_flops", "method"
-    others, rows = grouped(pruned, *keys), []
-    for (budget, method), members in sorted(grouped(whole, *keys).items(), reverse=True):
-        before = others[budget, method]
-        both = by_seed(members).keys() & by_seed(before).keys()
-        ways = [mean([value for seed, value in by_seed(runs).items() if seed in both]) for runs in (before, members)]
-        rows.append([percent(float(budget)), method, *ways, with_error(lead(members, before)), f"{len(both)}"])
-    return table(["budget", "method", "streams pruned", "streams whole", "gain", "n"], rows)
-
-
-def paper_scale(runs: dict[str, Runs]) -> str:
-    """The comparison for the networks of the paper's CIFAR-10 table, by model; cells without runs stay empty."""
-    rows = []
-    for model, budget, change in PAPER:
-        methods = budgets(runs[model]).get(str(budget), {})
-        for method in ("dense", "narrow", "magnitude", "ato"):
-            found = compared(method, methods) if methods.get(method) else [""] * len(COMPARED)
-            rows.append([model, percent(budget), change, method, *found])
-    return table(["model", "budget", "paper's change", "method", *COMPARED], rows)
-
-
-def by_value(runs: Runs) -> dict[str, Runs]:
-    """Runs by the value, or the change, that their name says: SETTING-VALUE-..."""
-    groups: dict[str, Runs] = defaultdict(list)
-    for run in runs:
-        groups[run["name"].split("-")[1]].append(run)
-    return groups
-
-
-def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
-    """One row a control: its runs beside those of ato that cost as much, in epochs of the dense network's training."""
-    rows = []
-    for name, *both in pairs:
-        seeds = set.intersection(*(set(by_seed(runs)) for runs in both))
-        control, ato = ([run for run in runs if run["arguments"]["seed"] in seeds] for runs in both)
-        found = [
-            [
-                f"{members[0]['arguments']['epochs']}",
-                f"{statistics.mean(run['arguments']['epochs'] * training(run) for run in members):.1f}",
-                mean(list(by_seed(members).values())),
-            ]
-            for members in (control, ato)
-        ]
-        ahead = lead(ato, control)
-        rows.append([name, *found[0], *found[1], with_error(ahead), f"{len(ahead)}"])
-    measured = ["cost", "test accuracy, %"]
-    return table(["control", "epochs", *measured, "ato's epochs", *measured, "ato is ahead by", "n"], rows)
-
-
-def from_scratch(runs: Runs) -> str:
-    """One row a model, budget and method whose widths were trained from the start: the choice without the process."""
-    found: dict[tuple[str, float, str], tuple[Runs, Runs]] = defaultdict(lambda: ([], []))
-    for run in runs:
-        (source,) = load(Path(run["arguments"]["widths"]).stem)
-        asked = source["arguments"]
-        sources, members = found[asked["model"], asked["target_flops"], asked["method"]]
-        sources.append(source)
-        members.append(run)
-    rows = []
-    for (model, budget, method), pair in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2])):
-        accuracies = [mean(list(by_seed(members).values())) for members in pair]
-        costs = [training_cost(members) for members in pair]
-        rows.append([model, percent(budget), method, *accuracies, with_error(lead(*pair)), *costs, f"{len(pair[0])}"])
-    columns = ["model", "budget", "widths of", "test accuracy of that run, %", "of its widths from scratch"]
-    return table([*columns, "the run is ahead by", "MACs of its training", "of theirs", "n"], rows)
-
-
-def by_widths(runs: Runs) -> dict[str, Runs]:
-    """Runs by the widths inside of their blocks."""
-    groups: dict[str, Runs] = defaultdict(list)
-    for run in runs:
-        inner = [str(width) for name, width in run["widths"].items() if name.endswith("conv1")]
-        groups[f"{' '.join(inner)}, {100 * run['macs_kept']:.1f} %"].append(run)
-    return groups
-
-
-def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
-    """One row a value of `setting`, of which `default` is what ATO does unasked."""
-    rows = []
-    for value, members in sorted(groups.items()):
-        ahead = "" if value == default else with_error(lead(groups[default], members))
-        accuracy = list(by_seed(members).values())
-        rows.append([value, mean(accuracy), ahead, parameters(members), training_cost(members), f"{len(accuracy)}"])
-    columns = ["test accuracy, %", "the default is ahead by", "parameters kept", "MACs of training", "n"]
-    return table([setting, *columns], rows)
-
-
-def removal(runs: Runs, costs: dict[str, Any]) -> str:
-    """What the cut changed and what it saves, of the runs of ATO; `costs` are those of run_cost.py, by name."""
-    rows = []
-    for run in runs:
-        cut, a, ms = run["at_cut"], run["arguments"], run["at_cut"]["latency_ms"]
-        time = costs.get(run["name"], {}).get("run", {})
-        precision = run["precision"].removeprefix("torch.")
-        rows.append(
-            [
-                f"{a['model']}, {percent(a['target_flops'])}, seed {a['seed']}, {precision}",
-                f"{cut['step']}",
-                *(f"{cut[key]:.2f}" for key in ("accuracy_before", "accuracy_after")),
-                f"{cut['largest_logit']:.1f}",
-                f"{cut['largest_logit_difference']:.1e}",
-                *(f"{ms[key]:.1f}" for key in ("before", "after")),
-                *(f"{time[key]:.2f}" if time else "" for key in ("early", "at the end")),
-            ]
-        )
-    measured = ["accuracy before, %", "after, %", "largest logit", "largest difference"]
-    times = ["latency before, ms", "after, ms", "time over SGD's, cut early", "cut at the end"]
-    return table(["run", "step of the cut", *measured, *times], rows)
-
-
-def step_cost() -> str:
-    """The ratios of step_cost.py."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
-    rows = [[name, f"{ms}", f"{result['ratio_to_SGD'][name]:.3f}"] for name, ms in result["milliseconds"].items()]
-    setting = f"{result['model']}, batch {result['batch']}, {result['size']} x {result['size']}, {result['hardware']}"
-    return "\n".join(
-        [table(["step", "median, ms", "over SGD"], rows), "", f"{setting}, n = {result['n']}: `{result['command']}`"]
+def results_tables(cifar: Runs) -> dict[str, str]:
+    """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
+    controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
+    longer, longest, narrow = load("channels-epochs18-"), load("channels-epochs30-"), load("epochs22-resnet20-narrow-")
+    equal = (
+        ("dense", at_45["dense"], longest),
+        ("narrow", narrow, longer),
+        ("magnitude", at_45["magnitude"], longer),
+        ("magnitude, streams whole", load("control-streams-45-"), longer),
+        ("magnitude, cut at 0.32", load("control-cut32-45-"), longer),
     )
-
-
-def setting(run: dict[str, Any]) -> str:
-    """Hardware, precision and versions of a run."""
-    versions = run["versions"]
-    return (
-        f"{run['hardware']}, {run['precision'].removeprefix('torch.')}, torch {versions['torch']}, "
-        f"torchvision {versions['torchvision']}, torch-pruning {versions['torch_pruning']}"
-    )
-
-
-def commands(runs: Runs) -> str:
-    """The commands that made `runs`, folded, under the hardware, precision and versions that they ran with."""
-    which = "The command of this run" if len(runs) == 1 else f"The commands of these {len(runs)} runs"
-    parts = [f"<details><summary>{which}</summary>"]
-    for found in sorted({setting(run) for run in runs}):
-        lines = [f"- `{run['command']}`" for run in runs if setting(run) == found]
-        parts.append("\n".join([f"On {found}:", "", *lines]))
-    return "\n\n".join([*parts, "</details>"])
+    vgg = load("epochs16-vgg11_bn-narrow-") + load("channels-vgg11_bn-")
+    deeper = of("narrow", load("epochs16-resnet56-")) + of("magnitude", load("epochs16-resnet56-"))
+    deeper += load("channels-resnet56-")
+    before = budgets(load("cifar10-resnet20-"))
+    preferred = {
+        budget: {
+            "channels, 0.15": budgets(cifar)[budget]["ato"],
+            "weights, 0.15": load(f"{early}-0.15-"),
+            "weights, 0.32": before[budget]["ato"],
+        }
+        for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
+    }
+    costs = {name: cost for made in load("run_cost") for name, cost in made["runs"].items()}
+    return {
+        "comparison": comparison(cifar),
+        "commands": commands(cifar),
+        "removal": removal(ato, costs),
+        "run cost": "\n".join(
+            f"- `{made['command']}`, {made['hardware']}, torch {made['versions']['torch']}" for made in load("run_cost")
+        ),
+        "controls": other_cuts(controls, cifar),
+        "control commands": commands(controls),
+        "equal cost": equal_cost(equal),
+        "equal cost commands": commands(longer + longest + narrow),
+        **{
+            f"preferred {budget}": variants("the controller prefers, cut at", groups, "channels, 0.15")
+            for budget, groups in preferred.items()
+        },
+        "vgg": comparison(vgg),
+        "vgg removal": removal(of("ato", vgg), costs),
+        "vgg commands": commands(vgg),
+        "deeper": comparison(deeper),
+        "deeper removal": removal(of("ato", deeper), costs),
+        "deeper commands": commands(deeper),
+        "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
+        "step cost": step_cost(),
+    }
 
 
 def settings_tables(ato: Runs, ato_30: Runs) -> dict[str, str]:
-    """What settings of ATO do, with residual streams pruned like any other layer and, as by default, whole.
+    """What settings did to the default of before, with residual streams pruned like any other layer, and whole.
 
-    `ato` are the runs of the default at 45 %, `ato_30` those at 30 %.
+    `ato` are its runs at 45 %, `ato_30` those at 30 %.
     """
-    before = budgets(load("streams-0-"))["0.45"]["ato"]
-    defaults = {name: argument.default for name, argument in inspect.signature(ATO).parameters.items()}
-    tables = {}
-    for place, setting, default, pruned, whole in (
-        ("capacity", "beta", str(defaults["beta"]), load("capacity-"), load("beta-")),
-        ("cut", "cut at", str(defaults["phases"][-1]), load("cut-"), load("whole-")),
+    pruned = budgets(load("streams-0-"))["0.45"]["ato"]
+    beta, cut, smaller = "0.3", "0.32", load("whole30-")
+    tables = {
+        "cut whole 30": variants("cut at", {**by_value(smaller), cut: ato_30}, cut),
+        "cut 30 commands": commands(smaller),
+    }
+    for place, setting, default, changed, whole in (
+        ("weights", "beta", beta, load("capacity-"), load("beta-")),
+        ("cut", "cut at", cut, load("cut-"), load("whole-")),
     ):
-        tables[place] = variants(setting, {**by_value(pruned), default: before}, default)
+        tables[place] = variants(setting, {**by_value(changed), default: pruned}, default)
         tables[f"{place} whole"] = variants(setting, {**by_value(whole), default: ato}, default)
-        tables[f"{place} commands"] = commands(pruned + whole)
-    cut, smaller = str(defaults["phases"][-1]), load("whole30-")
-    tables["cut whole 30"] = variants("cut at", {**by_value(smaller), cut: ato_30}, cut)
-    tables["cut 30 commands"] = commands(smaller)
+        tables[f"{place} commands"] = commands(changed + whole)
     for place, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
         tables |= {place: variants("change", by_value(made), "default"), f"{place} commands": commands(made)}
     return tables
 
 
-def of_ato(runs: Runs) -> Runs:
-    """Those of `runs` that ATO carried out."""
-    return [run for run in runs if run["arguments"]["method"] == "ato"]
-
-
-def results_tables(cifar: Runs) -> dict[str, str]:
-    """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
-    methods = {method: [run for run in cifar if run["arguments"]["method"] == method] for method in METHODS}
-    controls, streams_pruned, streams_kept = load("control-"), load("streams-0-"), load("control-streams-")
+def experiments_tables(cifar: Runs) -> dict[str, str]:
+    """All of docs/experiments.md; `cifar` are the runs of ResNet-20 with the default of before."""
     at_45, at_30 = budgets(cifar)["0.45"], budgets(cifar)["0.3"]
-    longer_ato, longer_narrow = load("epochs18-resnet20-ato-"), load("epochs22-resnet20-narrow-")
-    as_dense, scratch, early_cut = load("epochs25-resnet20-ato-"), load("scratch-"), load("early18-")
-    equal = (
-        ("dense", at_45["dense"], as_dense),
-        ("narrow", longer_narrow, at_45["ato"]),
-        ("narrow; ato cuts at 0.15", longer_narrow, early_cut),
-        ("magnitude, cut at 0.32", load("control-cut32-45-"), at_45["ato"]),
-        ("magnitude", at_45["magnitude"], longer_ato),
-        ("magnitude, streams whole", load("control-streams-45-"), longer_ato),
-        ("magnitude; ato cuts at 0.15", at_45["magnitude"], early_cut),
+    longer, early, narrow = load("epochs18-resnet20-ato-"), load("early18-"), load("epochs22-resnet20-narrow-")
+    longest, scratch, strongest, by_hand = (
+        load("epochs25-resnet20-ato-"),
+        load("scratch-"),
+        load("which-"),
+        load("hand-"),
     )
-    strongest, by_hand = load("which-"), load("hand-")
+    equal = (
+        ("dense", at_45["dense"], longest),
+        ("narrow", narrow, at_45["ato"]),
+        ("narrow; ato cuts at 0.15", narrow, early),
+        ("magnitude", at_45["magnitude"], longer),
+        ("magnitude; ato cuts at 0.15", at_45["magnitude"], early),
+    )
     found = [run for run in scratch if run["name"].startswith("scratch-resnet20-ato-45-")]
-    vgg, floor = load("cifar10-vgg11_bn-"), load("floor-vgg11_bn-")
-    vgg_changed, vgg_longer, vgg_longest = load("vgg11-"), load("epochs8-vgg11_bn-"), load("epochs16-vgg11_bn-")
-    vgg_weighed = load("vgg16-")
-    deeper, deeper_short = load("epochs16-resnet56-"), load("epochs4-resnet56-")
-    measured = load("run_cost")
-    costs = {name: cost for made in measured for name, cost in made["runs"].items()}
-    whole = methods["ato"] + methods["random"] + streams_kept
+    strongest, streams_pruned, streams_whole = load("which-"), load("streams-0-"), load("control-streams-")
+    vgg, vgg_longer, vgg_longest = (load(f"{run}-vgg11_bn-") for run in ("cifar10", "epochs8", "epochs16"))
+    floor, vgg_changed, vgg_weighed = load("floor-vgg11_bn-"), load("vgg11-"), load("vgg16-")
+    deeper = load("epochs16-resnet56-"), load("epochs4-resnet56-")
     return {
-        "comparison": comparison(cifar),
-        "commands": commands(cifar),
-        "removal": removal(methods["ato"], costs),
-        "run cost": "\n".join(
-            f"- `{made['command']}`, {made['hardware']}, torch {made['versions']['torch']}" for made in measured
-        ),
-        "controls": other_cuts(controls, cifar),
-        "control commands": commands(controls),
+        "before": comparison(cifar),
+        "before commands": commands(of("ato", cifar) + of("random", cifar)),
         "equal cost": equal_cost(equal),
-        "equal cost commands": commands(longer_ato + early_cut + longer_narrow + as_dense),
+        "equal cost commands": commands(longer + early + longest),
         "from scratch": from_scratch(scratch),
         "from scratch commands": commands(scratch),
         "by hand": variants("inner widths, MACs kept", {**by_widths(by_hand), "ato's": found}, "ato's"),
         "by hand commands": commands(by_hand),
         "which": variants("channels by", {**by_value(strongest), "controller": at_45["ato"]}, "controller"),
         "which commands": commands(strongest),
-        "streams": streams(streams_pruned + methods["magnitude"], whole),
+        "streams": streams(
+            streams_pruned + of("magnitude", cifar), of("ato", cifar) + of("random", cifar) + streams_whole
+        ),
         "streams commands": commands(streams_pruned),
         **settings_tables(at_45["ato"], at_30["ato"]),
         "vgg": comparison(vgg),
         "vgg controls": other_cuts(floor, vgg),
-        "vgg changed": variants("change", {**by_value(vgg_changed), "default": of_ato(vgg)}, "default"),
+        "vgg changed": variants("change", {**by_value(vgg_changed), "default": of("ato", vgg)}, "default"),
         "vgg longer": comparison(vgg_longer),
         "vgg longest": comparison(vgg_longest),
-        "vgg weighed": variants("change", {**by_value(vgg_weighed), "default": of_ato(vgg_longest)}, "default"),
-        "vgg removal": removal(of_ato(vgg_longest + vgg), costs),
+        "vgg weighed": variants("change", {**by_value(vgg_weighed), "default": of("ato", vgg_longest)}, "default"),
         "vgg commands": commands(vgg + floor + vgg_changed + vgg_longer + vgg_longest + vgg_weighed),
-        "deeper": comparison(deeper),
-        "deeper short": comparison(deeper_short),
-        "deeper removal": removal(of_ato(deeper + deeper_short), costs),
-        "deeper commands": commands(deeper + deeper_short),
-        "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
-        "step cost": step_cost(),
+        "deeper": comparison(deeper[0]),
+        "deeper short": comparison(deeper[1]),
+        "deeper commands": commands(deeper[0] + deeper[1]),
     }
 
 
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
-    cifar = load("cifar10-resnet20-")
+    before = load("cifar10-resnet20-")
+    controls = [run for run in before if run["arguments"]["method"] in ("dense", "narrow", "magnitude")]
+    cifar = controls + load("channels-resnet20-")
     tables = results_tables(cifar)
     fill(ROOT / "docs" / "results.md", tables)
+    fill(ROOT / "docs" / "experiments.md", experiments_tables(before))
     fill(ROOT / "docs" / "models.md", zoo_tables(load_zoo()))
     fill(ROOT / "README.md", {"comparison": tables["comparison"]})
     draw_accuracy(cifar, FIGURES / "accuracy.png")

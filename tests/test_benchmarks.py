@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 import figures
 import models
-import tables
+import result_tables
 from chance import leave_to_chance
 from run_cost import run_cost
 from runs import training
@@ -110,8 +110,8 @@ def test_widths_from_scratch_stand_beside_the_run_that_found_them(monkeypatch):
         finished("narrow", seed, 86.5, model="resnet20", widths=f"benchmarks/results/ato-{seed}.json")
         for seed in range(2)
     ]
-    monkeypatch.setattr(tables, "load", lambda name: [sources[name]])
-    (row,) = tables.from_scratch(runs).splitlines()[2:]
+    monkeypatch.setattr(result_tables, "load", lambda name: [sources[name]])
+    (row,) = result_tables.from_scratch(runs).splitlines()[2:]
     assert [cell.strip() for cell in row.strip("| ").split("|")] == [
         "resnet20", "45 %", "ato", "87.50 ± 0.71", "86.50 ± 0.00", "+1.00 ± 0.50", "63 %", "45 %", "2",
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def test_tables_compare_seed_by_seed_and_budget_by_budget(tmp_path):
     runs += [finished("ato", seed, 89.0 + seed + noise) for seed, noise in enumerate((0.1, 0.0, -0.1))]
     runs += [finished("narrow", seed, 87.0 + seed) for seed in range(2)]
     runs += [finished("ato", 0, 88.0, budget=0.3)]
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.comparison(runs).splitlines()[2:]]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in result_tables.comparison(runs).splitlines()[2:]]
     assert [row[:2] for row in rows] == [
         ["45 %", "dense"], ["45 %", "narrow"], ["45 %", "ato"], ["30 %", "dense"], ["30 %", "ato"],
     ]  # fmt: skip
@@ -153,7 +153,8 @@ def test_other_cuts_by_magnitude_are_compared_with_the_same_budget_and_seeds():
     controls = [finished("magnitude", seed, 87.0 + seed, 0.3, **floor) for seed in range(2)]
     controls += [finished("magnitude", 1, 86.0, 0.45, pruner={}, cut_at=0.32)]
     rows = [
-        [cell.strip() for cell in row.split("|")[1:-1]] for row in tables.other_cuts(controls, runs).splitlines()[2:]
+        [cell.strip() for cell in row.split("|")[1:-1]]
+        for row in result_tables.other_cuts(controls, runs).splitlines()[2:]
     ]
     assert rows == [
         ["45 %", "0.32", "", "86.00", "-4.00", "+3.00", "45.0 %", "45.0 %", "63 %", "1"],
@@ -165,7 +166,7 @@ def test_other_cuts_by_magnitude_are_compared_with_the_same_budget_and_seeds():
 def test_runs_of_equal_cost_are_compared_in_epochs_of_the_dense_network_over_the_seeds_that_both_have():
     ato = [finished("ato", seed, 88.0 + seed, epochs=100) for seed in range(3)]
     narrow = [finished("narrow", seed, 87.5 + seed, epochs=140) for seed in (1, 2)]
-    row = tables.equal_cost([("a thin network", narrow, ato)]).splitlines()[2]
+    row = result_tables.equal_cost([("a thin network", narrow, ato)]).splitlines()[2]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "a thin network", "140", "63.0", "89.00 ± 0.71", "100", "62.6", "89.50 ± 0.71", "+0.50 ± 0.00", "2",
     ]  # fmt: skip
@@ -176,7 +177,9 @@ def test_whole_streams_are_compared_over_the_seeds_that_were_run_both_ways():
     whole = [finished("ato", seed, 81.0 + seed, budget) for seed in (0, 1) for budget in (0.45, 0.3)]
     whole += [finished("magnitude", 2, 81.5)]
     pruned += [finished("ato", 0, 79.0, 0.3)]
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.streams(pruned, whole).splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in result_tables.streams(pruned, whole).splitlines()[2:]
+    ]
     assert sorted(rows) == [
         ["30 %", "ato", "79.00", "81.00", "+2.00", "1"],
         ["45 %", "ato", "80.50 ± 0.71", "81.50 ± 0.71", "+1.00 ± 0.00", "2"],
@@ -206,13 +209,13 @@ def test_layers_that_magnitude_is_told_to_leave_stay_whole(tmp_path):
 
 
 def test_rows_of_paper_scale_stay_empty_until_there_are_runs():
-    runs = {model: [] for model, *_ in tables.PAPER} | {
+    runs = {model: [] for model, *_ in result_tables.PAPER} | {
         "resnet18": [finished("dense", 0, 94.0), finished("ato", 0, 94.5, budget=0.2)]
     }
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.paper_scale(runs).splitlines()[2:]]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in result_tables.paper_scale(runs).splitlines()[2:]]
     filled = {(row[0], row[3]): row[4:6] for row in rows if any(row[4:])}
     assert filled == {("resnet18", "dense"): ["94.00", ""], ("resnet18", "ato"): ["94.50", "+0.50"]}
-    assert len(rows) == 4 * len(tables.PAPER)
+    assert len(rows) == 4 * len(result_tables.PAPER)
 
 
 def test_a_run_costs_what_its_steps_cost():
@@ -242,7 +245,7 @@ def test_the_variants_of_a_setting_are_compared_with_the_default_seed_by_seed():
         "0": [finished("ato", seed, 79.0 + seed) for seed in range(2)],
     }
     runs = [{"name": f"capacity-{value}-ato-{k}", **run} for value in groups for k, run in enumerate(groups[value])]
-    table = tables.variants("beta", tables.by_value(runs), "0.3")
+    table = result_tables.variants("beta", result_tables.by_value(runs), "0.3")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     assert [(row[0], row[2], row[4]) for row in rows] == [("0", "+1.00 ± 0.00", "63 %"), ("0.3", "", "63 %")]
 
@@ -250,7 +253,7 @@ def test_the_variants_of_a_setting_are_compared_with_the_default_seed_by_seed():
 def test_a_seed_that_was_run_twice_counts_with_its_mean():
     runs = [finished("dense", seed, 90.0) for seed in range(2)]
     runs += [finished("narrow", 0, 86.0), finished("narrow", 0, 88.0), finished("narrow", 1, 88.0)]
-    row = [cell.strip() for cell in tables.comparison(runs).splitlines()[-1].split("|")[1:-1]]
+    row = [cell.strip() for cell in result_tables.comparison(runs).splitlines()[-1].split("|")[1:-1]]
     assert row[2:4] == ["87.50 ± 0.71", "-2.50 ± 0.50"] and row[-1] == "2"
 
 
