@@ -1,0 +1,99 @@
+"""The capacity that the controller prefers: chains from the graph, branches that add up, layers that multiply."""
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import SHORT, Block, Concat, Residual, example
+from torch import nn
+
+from ato_optim import ATO
+from ato_optim.capacity import capacity, find_chains
+from ato_optim.optimizer import call
+from ato_optim.plan import make_plan
+
+
+def chains_of(model: nn.Module) -> set[frozenset[str]]:
+    """The roots of the layer groups of each chain."""
+    plan = make_plan(model, example(), call, [], set(model.parameters()))
+    found = defaultdict(set)
+    for layer, chain in zip(plan.groups.layers, find_chains(plan.cost, plan.layer_of_gate, plan.summed), strict=True):
+        found[int(chain)].add(layer.root)
+    return set(map(frozenset, found.values()))
+
+
+class Bottlenecks(nn.Module):
+    """Two branches of two inner layers each, on one stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = Block(3, 8)
+        self.one, self.two = (
+            nn.Sequential(Block(8, 4, 1), Block(4, 4), nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8))
+            for _ in range(2)
+        )
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = (x + self.one(x)).relu()
+        x = (x + self.two(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def plain():
+    """Layers one after the other, each cheaper than the one before."""
+    layers = [Block(3, 16), nn.MaxPool2d(2), Block(16, 16), nn.MaxPool2d(2), Block(16, 16)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+
+def test_layers_one_after_the_other_are_a_chain():
+    assert chains_of(plain()) == {frozenset({"0.0", "2.0", "4.0"})}
+
+
+def test_streams_end_chains():
+    assert chains_of(Bottlenecks()) == {
+        frozenset({"stem.0"}),
+        frozenset({"one.0.0", "one.1.0"}),
+        frozenset({"two.0.0", "two.1.0"}),
+    }
+
+
+def test_what_is_concatenated_is_in_series_with_what_reads_it():
+    assert len(chains_of(Concat())) == 1
+
+
+layers = st.lists(st.tuples(st.integers(1, 64), st.floats(0.05, 1), st.integers(0, 5)), min_size=1, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(layers)
+def test_capacity_is_that_of_the_formula(layers):
+    channels, shares, chain = map(torch.tensor, zip(*layers, strict=True))
+    found = capacity(shares.double(), channels, chain)
+    chains = [[layer for layer in layers if layer[2] == index] for index in {layer[2] for layer in layers}]
+    expected = sum(
+        sum(layer[0] for layer in chain) * math.prod(layer[1] for layer in chain) ** (1 / len(chain))
+        for chain in chains
+    ) / sum(layer[0] for layer in layers)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    assert capacity(torch.ones(len(layers)), channels, chain).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("network", [Residual, plain])
+def test_the_controller_finds_more_capacity_at_the_same_macs_the_more_it_weighs(network):
+    """Where the loss has no say."""
+    left = []
+    for beta in (0.0, 1.5):
+        model = network()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=4000, phases=SHORT, interval=2, beta=beta)
+        search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
+        for step in range(schedule.search, schedule.commit, schedule.interval):
+            search.learn(step, torch.zeros(plan.groups.num_gates), schedule.budget(step, 0.5))
+        kept = search._channels(search.settle(plan.lots(1)).double())
+        left.append(capacity(kept / search.channels, search.channels, search.chain))
+    assert left[1] > left[0]
