@@ -36,7 +36,7 @@ def of(method: str, runs: Runs) -> Runs:
 def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
-    longer, longest, narrow = load("channels-epochs18-"), load("channels-epochs30-"), load("epochs22-resnet20-narrow-")
+    longer, longest, narrow = load("chains-epochs18-"), load("chains-epochs30-"), load("epochs22-resnet20-narrow-")
     equal = (
         ("dense", at_45["dense"], longest),
         ("narrow", narrow, longer),
@@ -44,17 +44,24 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         ("magnitude, streams whole", load("control-streams-45-"), longer),
         ("magnitude, cut at 0.32", load("control-cut32-45-"), longer),
     )
-    vgg = load("epochs16-vgg11_bn-narrow-") + load("channels-vgg11_bn-")
     deeper = of("narrow", load("epochs16-resnet56-")) + of("magnitude", load("epochs16-resnet56-"))
-    deeper += load("channels-resnet56-")
+    deeper += load("chains-resnet56-")
+    vgg = load("epochs16-vgg11_bn-narrow-") + load("chains-vgg11_bn-")
     before = budgets(load("cifar10-resnet20-"))
     preferred = {
         budget: {
-            "channels, 0.15": budgets(cifar)[budget]["ato"],
+            "capacity, 0.15": budgets(cifar)[budget]["ato"],
             "weights, 0.15": load(f"{early}-0.15-"),
             "weights, 0.32": before[budget]["ato"],
         }
         for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
+    }
+    preferred["vgg"] = {
+        "capacity, 0.15": of("ato", vgg),
+        "channels, 0.15": load("counted-vgg11_bn-"),
+        "weights, 0.15": load("vgg16-cut=0.15-"),
+        "weights, 0.32": load("epochs16-vgg11_bn-ato-"),
+        "nothing, 0.32": load("vgg16-beta=0-"),
     }
     costs = {name: cost for made in load("run_cost") for name, cost in made["runs"].items()}
     return {
@@ -69,12 +76,12 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "equal cost": equal_cost(equal),
         "equal cost commands": commands(longer + longest + narrow),
         **{
-            f"preferred {budget}": variants("the controller prefers, cut at", groups, "channels, 0.15")
+            f"preferred {budget}": variants("the controller prefers, cut at", groups, "capacity, 0.15")
             for budget, groups in preferred.items()
         },
         "vgg": comparison(vgg),
         "vgg removal": removal(of("ato", vgg), costs),
-        "vgg commands": commands(vgg),
+        "vgg commands": commands(vgg + load("counted-vgg11_bn-")),
         "deeper": comparison(deeper),
         "deeper removal": removal(of("ato", deeper), costs),
         "deeper commands": commands(deeper),
@@ -160,8 +167,8 @@ def experiments_tables(cifar: Runs) -> dict[str, str]:
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     before = load("cifar10-resnet20-")
-    controls = [run for run in before if run["arguments"]["method"] in ("dense", "narrow", "magnitude")]
-    cifar = controls + load("channels-resnet20-")
+    controls = [run for run in before if run["arguments"]["method"] != "ato"]
+    cifar = controls + load("chains-resnet20-")
     tables = results_tables(cifar)
     fill(ROOT / "docs" / "results.md", tables)
     fill(ROOT / "docs" / "experiments.md", experiments_tables(before))
