@@ -56,6 +56,11 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         }
         for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
     }
+    preferred["longer"] = {
+        "capacity, 0.15": longer,
+        "weights, 0.15": load("early18-"),
+        "weights, 0.32": load("epochs18-resnet20-ato-"),
+    }
     preferred["vgg"] = {
         "capacity, 0.15": of("ato", vgg),
         "channels, 0.15": load("counted-vgg11_bn-"),
