@@ -104,7 +104,8 @@ class Report:
         budget.step(steps, [100 * share for share in shares], where="post", color="#2166ac", label="MACs of the mask")
         budget.axhline(100 * self.target_flops, color="#b2182b", linewidth=1, linestyle="--", label="budget")
         for name, step in zip(("search", "pull", "commit", "zero"), self.boundaries, strict=True):
-            side = "left" if name == "zero" else "right"  # commit and zero may lie close together
+            # Search lies close to the start of the run, commit close to zero.
+            side = "left" if name in ("search", "zero") else "right"
             budget.axvline(step, color="#aab0b6", linewidth=0.8)
             budget.annotate(
                 name, (step, 0.0), xycoords=("data", "axes fraction"), xytext=(2 if side == "left" else -2, 3),
