@@ -97,3 +97,12 @@ def test_the_controller_finds_more_capacity_at_the_same_macs_the_more_it_weighs(
         kept = search._channels(search.settle(plan.lots(1)).double())
         left.append(capacity(kept / search.channels, search.channels, search.chain))
     assert left[1] > left[0]
+
+
+def test_a_gate_of_several_channels_counts_as_many():
+    """Whole groups of a grouped convolution go together."""
+    model = nn.Sequential(Block(3, 8), Block(8, 8, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ATO(base, model, example(), target_flops=0.7, total_steps=60, phases=SHORT, min_width=0.5)
+    assert optimizer.plan.channels.max() > 1
+    assert optimizer.search.channels.tolist() == [width.before for width in optimizer.report().widths]
