@@ -21,7 +21,7 @@ from result_tables import (
     step_cost,
     streams,
     variants,
-)  # fmt: skip
+)
 from runs import ROOT, Runs, budgets, load
 from zoo_tables import load_zoo, zoo_tables
 

@@ -161,14 +161,8 @@ def test_layers_that_were_replaced_after_the_cut_belong_to_the_network(saved, ag
     model = load_pruned(Residual(), saved[1])
     model.fc, model.one[2] = torch.nn.Linear(model.fc.in_features, 3), torch.nn.SiLU()
     if again:
-        optimizer = ATO(
-            torch.optim.SGD(model.parameters(), lr=0.05),
-            model,
-            example(),
-            target_flops=0.5,
-            total_steps=9,
-            phases=SHORT,
-        )
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=9, phases=SHORT)
         for k in range(9):
             optimizer.zero_grad()
             model(example(seed=k)).square().mean().backward()

@@ -79,14 +79,8 @@ def test_no_accelerators_random_state_is_touched(monkeypatch):
         warnings.simplefilter("error")
         model = Residual()
         state = torch.get_rng_state()
-        ATO(
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            model,
-            example(),
-            target_flops=0.5,
-            total_steps=200,
-            phases=SHORT,
-        )
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        ATO(base, model, example(), target_flops=0.5, total_steps=200, phases=SHORT)
     assert torch.equal(torch.get_rng_state(), state)
 
 
