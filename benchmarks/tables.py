@@ -113,7 +113,7 @@ def settings_tables(ato: Runs, ato_30: Runs) -> dict[str, str]:
         tables[place] = variants(setting, {**by_value(changed), default: pruned}, default)
         tables[f"{place} whole"] = variants(setting, {**by_value(whole), default: ato}, default)
         tables[f"{place} commands"] = commands(changed + whole)
-    for place, made in ("ablation", load("ablation-")), ("ablation pruned", load("pruned-")):
+    for place, made in ("ablation", load("before-")), ("ablation pruned", load("pruned-")):
         tables |= {place: variants("change", by_value(made), "default"), f"{place} commands": commands(made)}
     return tables
 
