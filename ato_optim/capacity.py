@@ -1,4 +1,4 @@
-"""What a mask leaves of a network's capacity: branches add up, what is in series multiplies."""
+"""What a mask leaves of a network's capacity: branches add up, the layers of a chain multiply."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from torch import Tensor
 from .cost import CostModel
 
 
-def _components(linked: Tensor) -> Tensor:
-    """The connected component (nodes,) int64 of each node of a symmetric graph (nodes, nodes) bool: its least node."""
-    nodes = torch.arange(len(linked), device=linked.device)
-    component, linked = nodes, linked | (nodes == nodes[:, None])
-    while True:
-        least = torch.where(linked, component, len(linked)).amin(1)
-        if torch.equal(least, component):
-            return component
-        component = least
+def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tensor:
+    """The chain (layers,) int64 that each layer group belongs to.
 
-
-def find_series(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
-    """The chain (layers,) and the stage (layers,), both int64, that each layer group belongs to.
-
-    Where a weight reads the channels of one group and writes those of another, the two are in series: a chain. A
-    residual stream ends chains: what lies between two of its sums is a branch of its own. The chains that write the
-    same stream are a stage; a chain that writes none, and each stream, is one by itself.
+    Where a weight reads the channels of one group and writes those of another, the two are in series. A residual stream
+    ends chains: what lies between two of its sums is a branch of its own.
 
     Args:
         cost: whose weights say which gates they read and write.
@@ -38,29 +26,28 @@ def find_series(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> tuple
         for side in (cost.inputs, cost.outputs)
     )
     series = reads.T @ writes > 0
-    branch = ~summed[:, None] & ~summed
-    in_chain = (series | series.T) & branch
-    into_stream = (series & summed).float()
-    return _components(in_chain), _components(in_chain | ((into_stream @ into_stream.T > 0) & branch))
+    linked = (series | series.T) & ~summed & ~summed[:, None] | torch.eye(len(summed), device=summed.device).bool()
+    chain = torch.arange(len(summed), device=summed.device)
+    while True:
+        least = torch.where(linked, chain, len(summed)).amin(1)
+        if torch.equal(least, chain):
+            return chain
+        chain = least
 
 
-def capacity(shares: Tensor, channels: Tensor, chain: Tensor, stage: Tensor) -> Tensor:
-    """A scalar in (0, 1]: the geometric mean of the stages' capacities, weighted by their channels.
+def capacity(shares: Tensor, channels: Tensor, chain: Tensor) -> Tensor:
+    """A scalar in (0, 1]: the channels of all chains, each by the geometric mean of its layers' shares.
 
-    A stage has that of its chains added up, in channels; a chain has the geometric mean of its layers' shares. The
-    narrowest layer limits what is in series, so that widths multiply there; branches of one stream are a sum of what
-    each can do. Differentiable in `shares`.
+    The narrowest layer limits what is in series, so that widths multiply there; branches that are added up are a sum of
+    what each can do. Differentiable in `shares`.
 
     Args:
         shares: of the channels of each layer group that are kept (layers,), above 0.
         channels: of each layer group (layers,), without a mask.
-        chain, stage: (layers,) int64, as of find_series.
+        chain: (layers,) int64, as of find_chains.
     """
-    weight = channels.to(shares)
-    zeros = shares.new_zeros(int(torch.stack((chain, stage)).max()) + 1)
-    length = zeros.index_add(0, chain, torch.ones_like(shares))
-    mean = (zeros.index_add(0, chain, shares.log()) / length.clamp_min(1)).exp()
-    whole = zeros.index_add(0, stage, weight)
-    left = zeros.index_add(0, stage, weight * mean[chain])
-    present = whole > 0
-    return ((left[present] / whole[present]).log() * whole[present]).sum().div(weight.sum()).exp()
+    zeros = shares.new_zeros(int(chain.max()) + 1)
+    length = zeros.index_add(0, chain, torch.ones_like(shares)).clamp_min(1)
+    mean = (zeros.index_add(0, chain, shares.log()) / length).exp()
+    weight = zeros.index_add(0, chain, channels.to(shares))
+    return (weight * mean).sum() / weight.sum()

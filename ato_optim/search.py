@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .budget import keep_minimum, solve
-from .capacity import capacity, find_series
+from .capacity import capacity, find_chains
 from .controller import EVEN, Controller, binarise, controller_loss, gumbel_noise
 from .plan import Plan
 
@@ -46,7 +46,7 @@ class Search:
         closable = least < plan.sizes
         self.free = closable[plan.layer_of_gate].nonzero().flatten()
         self.layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
-        self.series = [label[closable] for label in find_series(plan.cost, plan.layer_of_gate, plan.summed)]
+        self.chain = find_chains(plan.cost, plan.layer_of_gate, plan.summed)[closable]
         self.channels = self._channels(torch.ones(plan.groups.num_gates, device=plan.device))
         self.controller = Controller(self.layer_of_gate.cpu(), seed).to(plan.device)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
@@ -58,7 +58,7 @@ class Search:
     def _channels(self, gates: Tensor) -> Tensor:
         """Channels (closable layers,) that `gates` (gates,) keep where the controller has a say."""
         kept = (gates * self.plan.channels)[self.free]
-        return kept.new_zeros(len(self.series[0])).index_add(0, self.layer_of_gate, kept)
+        return kept.new_zeros(len(self.chain)).index_add(0, self.layer_of_gate, kept)
 
     def gates(self, step: int) -> Tensor:
         """Gates (gates,) in {0., 1.} of the turn at `step`, differentiable in the controller's weights."""
@@ -78,7 +78,7 @@ class Search:
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
             kept = self._channels(gates)
-            left = capacity(kept / self.channels, self.channels, *self.series)
+            left = capacity(kept / self.channels, self.channels, self.chain)
             loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, left, self.beta)
             self.optimizer.zero_grad()
             loss.backward()

@@ -1,4 +1,4 @@
-"""The capacity that the controller prefers: chains and stages from the graph, what adds up and what multiplies."""
+"""The capacity that the controller prefers: chains from the graph, branches that add up, layers that multiply."""
 
 import math
 from collections import defaultdict
@@ -11,21 +11,18 @@ from networks import SHORT, Block, Concat, Residual, example
 from torch import nn
 
 from ato_optim import ATO
-from ato_optim.capacity import capacity, find_series
+from ato_optim.capacity import capacity, find_chains
 from ato_optim.optimizer import call
 from ato_optim.plan import make_plan
 
 
-def series_of(model: nn.Module) -> list[set[frozenset[str]]]:
-    """The roots of the layer groups of each chain, and of each stage."""
+def chains_of(model: nn.Module) -> set[frozenset[str]]:
+    """The roots of the layer groups of each chain."""
     plan = make_plan(model, example(), call, [], set(model.parameters()))
-    series = []
-    for labels in find_series(plan.cost, plan.layer_of_gate, plan.summed):
-        found = defaultdict(set)
-        for layer, label in zip(plan.groups.layers, labels, strict=True):
-            found[int(label)].add(layer.root)
-        series.append(set(map(frozenset, found.values())))
-    return series
+    found = defaultdict(set)
+    for layer, chain in zip(plan.groups.layers, find_chains(plan.cost, plan.layer_of_gate, plan.summed), strict=True):
+        found[int(chain)].add(layer.root)
+    return set(map(frozenset, found.values()))
 
 
 class Bottlenecks(nn.Module):
@@ -53,46 +50,22 @@ def plain():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 
 
-class Stages(nn.Module):
-    """Two streams, the second of which begins with a branch that reads the first."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.short = Block(3, 8), nn.Conv2d(8, 16, 1)
-        self.a, self.b = (nn.Sequential(Block(8, 8), nn.Conv2d(8, 8, 1)) for _ in range(2))
-        self.c, self.d = (nn.Sequential(Block(width, 8), nn.Conv2d(8, 16, 1)) for width in (8, 16))
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        x = (x + self.a(x)).relu()
-        x = (x + self.b(x)).relu()
-        x = (self.short(x) + self.c(x)).relu()
-        x = (x + self.d(x)).relu()
-        return self.fc(x.mean((2, 3)))
+def test_layers_one_after_the_other_are_a_chain():
+    assert chains_of(plain()) == {frozenset({"0.0", "2.0", "4.0"})}
 
 
-def test_layers_one_after_the_other_are_a_chain_and_a_stage():
-    assert series_of(plain()) == [{frozenset({"0.0", "2.0", "4.0"})}] * 2
-
-
-def test_streams_end_chains_and_join_stages():
-    chains, stages = series_of(Bottlenecks())
-    assert chains == {frozenset({"stem.0"}), frozenset({"one.0.0", "one.1.0"}), frozenset({"two.0.0", "two.1.0"})}
-    assert stages == {frozenset({"stem.0"}), frozenset({"one.0.0", "one.1.0", "two.0.0", "two.1.0"})}
-
-
-def test_a_branch_belongs_to_the_stream_that_it_writes():
-    _, stages = series_of(Stages())
-    inner = {stage for stage in stages if len(stage) > 1}
-    assert inner == {frozenset({"a.0.0", "b.0.0"}), frozenset({"c.0.0", "d.0.0"})}
+def test_streams_end_chains():
+    assert chains_of(Bottlenecks()) == {
+        frozenset({"stem.0"}),
+        frozenset({"one.0.0", "one.1.0"}),
+        frozenset({"two.0.0", "two.1.0"}),
+    }
 
 
 def test_what_is_concatenated_is_in_series_with_what_reads_it():
-    assert [len(found) for found in series_of(Concat())] == [1, 1]
+    assert len(chains_of(Concat())) == 1
 
 
-# Channels, share and chain of each layer; chain i is of stage i // 2.
 layers = st.lists(st.tuples(st.integers(1, 64), st.floats(0.05, 1), st.integers(0, 5)), min_size=1, max_size=8)
 
 
@@ -100,22 +73,17 @@ layers = st.lists(st.tuples(st.integers(1, 64), st.floats(0.05, 1), st.integers(
 @given(layers)
 def test_capacity_is_that_of_the_formula(layers):
     channels, shares, chain = map(torch.tensor, zip(*layers, strict=True))
-    found = capacity(shares.double(), channels, chain, chain // 2)
-    expected = 1.0
-    for stage in range(3):
-        whole = sum(layer[0] for layer in layers if layer[2] // 2 == stage)
-        left = 0.0
-        for index in (2 * stage, 2 * stage + 1):
-            members = [layer for layer in layers if layer[2] == index]
-            mean = math.prod(layer[1] for layer in members) ** (1 / max(1, len(members)))
-            left += mean * sum(layer[0] for layer in members)
-        if whole:
-            expected *= (left / whole) ** (whole / sum(layer[0] for layer in layers))
+    found = capacity(shares.double(), channels, chain)
+    chains = [[layer for layer in layers if layer[2] == index] for index in {layer[2] for layer in layers}]
+    expected = sum(
+        sum(layer[0] for layer in chain) * math.prod(layer[1] for layer in chain) ** (1 / len(chain))
+        for chain in chains
+    ) / sum(layer[0] for layer in layers)
     assert found.item() == pytest.approx(expected, rel=1e-6)
-    assert capacity(torch.ones(len(layers)), channels, chain, chain // 2).item() == pytest.approx(1)
+    assert capacity(torch.ones(len(layers)), channels, chain).item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("network", [Residual, Stages, plain])
+@pytest.mark.parametrize("network", [Residual, plain])
 def test_the_controller_finds_more_capacity_at_the_same_macs_the_more_it_weighs(network):
     """Where the loss has no say."""
     left = []
@@ -127,7 +95,7 @@ def test_the_controller_finds_more_capacity_at_the_same_macs_the_more_it_weighs(
         for step in range(schedule.search, schedule.commit, schedule.interval):
             search.learn(step, torch.zeros(plan.groups.num_gates), schedule.budget(step, 0.5))
         kept = search._channels(search.settle(plan.lots(1)).double())
-        left.append(capacity(kept / search.channels, search.channels, *search.series))
+        left.append(capacity(kept / search.channels, search.channels, search.chain))
     assert left[1] > left[0]
 
 
