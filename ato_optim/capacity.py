@@ -44,9 +44,9 @@ def capacity(shares: Tensor, channels: Tensor, chain: Tensor) -> Tensor:
     Args:
         shares: of the channels of each layer group that are kept (layers,), above 0.
         channels: of each layer group (layers,), without a mask.
-        chain: (layers,) int64, as of find_chains.
+        chain: (layers,) int64 below the number of layers.
     """
-    zeros = shares.new_zeros(int(chain.max()) + 1)
+    zeros = torch.zeros_like(shares)  # of as many chains as there are at most
     length = zeros.index_add(0, chain, torch.ones_like(shares)).clamp_min(1)
     mean = (zeros.index_add(0, chain, shares.log()) / length).exp()
     weight = zeros.index_add(0, chain, channels.to(shares))

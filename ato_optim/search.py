@@ -46,7 +46,8 @@ class Search:
         closable = least < plan.sizes
         self.free = closable[plan.layer_of_gate].nonzero().flatten()
         self.layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
-        self.chain = find_chains(plan.cost, plan.layer_of_gate, plan.summed)[closable]
+        chain = find_chains(plan.cost, plan.layer_of_gate, plan.summed)[closable]
+        self.chain = chain.unique(return_inverse=True)[1]
         self.channels = self._channels(torch.ones(plan.groups.num_gates, device=plan.device))
         self.controller = Controller(self.layer_of_gate.cpu(), seed).to(plan.device)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)

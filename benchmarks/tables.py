@@ -48,14 +48,17 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     deeper += load("chains-resnet56-")
     vgg = load("epochs16-vgg11_bn-narrow-") + load("chains-vgg11_bn-")
     before = budgets(load("cifar10-resnet20-"))
+    earlier = budgets(load("cut09-"))
     preferred = {
         budget: {
             "capacity, 0.15": budgets(cifar)[budget]["ato"],
+            "capacity, 0.09": earlier[budget]["ato"],
             "weights, 0.15": load(f"{early}-0.15-"),
             "weights, 0.32": before[budget]["ato"],
         }
         for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
     }
+    preferred["0.45"]["capacity, stages in series, 0.15"] = stages = load("stages-")
     preferred["longer"] = {
         "capacity, 0.15": longer,
         "weights, 0.15": load("early18-"),
@@ -68,6 +71,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "weights, 0.32": load("epochs16-vgg11_bn-ato-"),
         "nothing, 0.32": load("vgg16-beta=0-"),
     }
+    ablation, own = load("ablation-"), load("own-widths-")
+    changed = stages + load("cut09-")
     costs = {name: cost for made in load("run_cost") for name, cost in made["runs"].items()}
     return {
         "comparison": comparison(cifar),
@@ -84,6 +89,11 @@ def results_tables(cifar: Runs) -> dict[str, str]:
             f"preferred {budget}": variants("the controller prefers, cut at", groups, "capacity, 0.15")
             for budget, groups in preferred.items()
         },
+        "preferred commands": commands(changed),
+        "ablation": variants("change", by_value(ablation), "default"),
+        "ablation commands": commands(ablation),
+        "own widths": from_scratch(own),
+        "own widths commands": commands(own),
         "vgg": comparison(vgg),
         "vgg removal": removal(of("ato", vgg), costs),
         "vgg commands": commands(vgg + load("counted-vgg11_bn-")),
