@@ -72,7 +72,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "nothing, 0.32": load("vgg16-beta=0-"),
     }
     ablation, own = load("ablation-"), load("own-widths-")
-    changed = stages + load("cut09-")
+    changed, early_random = stages + load("cut09-"), load("early-random-")
     costs = {name: cost for made in load("run_cost") for name, cost in made["runs"].items()}
     return {
         "comparison": comparison(cifar),
@@ -89,7 +89,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
             f"preferred {budget}": variants("the controller prefers, cut at", groups, "capacity, 0.15")
             for budget, groups in preferred.items()
         },
-        "preferred commands": commands(changed),
+        "early random": comparison(early_random + of("ato", cifar)),
+        "preferred commands": commands(changed + early_random),
         "ablation": variants("change", by_value(ablation), "default"),
         "ablation commands": commands(ablation),
         "own widths": from_scratch(own),
