@@ -33,6 +33,42 @@ def of(method: str, runs: Runs) -> Runs:
     return [run for run in runs if run["arguments"]["method"] == method]
 
 
+def preferred_tables(ato: dict[str, dict[str, Runs]], longer: Runs, vgg: Runs) -> dict[str, str]:
+    """Other preferences of the controller, and times of the cut, beside the default's runs of ResNet-20 and VGG-11.
+
+    `ato` are those in 16 epochs by budget, `longer` those at 45 % in 18.
+    """
+    default, before = "capacity, 0.15", budgets(load("cifar10-resnet20-"))
+    earlier, stages = load("cut09-"), load("stages-")
+    groups = {
+        budget: {
+            default: ato[budget]["ato"],
+            "capacity, 0.09": budgets(earlier)[budget]["ato"],
+            "weights, 0.15": load(f"{early}-0.15-"),
+            "weights, 0.32": before[budget]["ato"],
+        }
+        for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
+    }
+    groups["0.45"]["capacity, stages in series, 0.15"] = stages
+    groups["longer"] = {
+        default: longer,
+        "weights, 0.15": load("early18-"),
+        "weights, 0.32": load("epochs18-resnet20-ato-"),
+    }
+    groups["vgg"] = {
+        default: vgg,
+        "channels, 0.15": load("counted-vgg11_bn-"),
+        "weights, 0.15": load("vgg16-cut=0.15-"),
+        "weights, 0.32": load("epochs16-vgg11_bn-ato-"),
+        "nothing, 0.32": load("vgg16-beta=0-"),
+    }
+    tables = {
+        f"preferred {place}": variants("the controller prefers, cut at", found, default)
+        for place, found in groups.items()
+    }
+    return {**tables, "preferred commands": commands(stages + earlier)}
+
+
 def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
@@ -47,32 +83,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     deeper = of("narrow", load("epochs16-resnet56-")) + of("magnitude", load("epochs16-resnet56-"))
     deeper += load("chains-resnet56-")
     vgg = load("epochs16-vgg11_bn-narrow-") + load("chains-vgg11_bn-")
-    before = budgets(load("cifar10-resnet20-"))
-    earlier = budgets(load("cut09-"))
-    preferred = {
-        budget: {
-            "capacity, 0.15": budgets(cifar)[budget]["ato"],
-            "capacity, 0.09": earlier[budget]["ato"],
-            "weights, 0.15": load(f"{early}-0.15-"),
-            "weights, 0.32": before[budget]["ato"],
-        }
-        for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
-    }
-    preferred["0.45"]["capacity, stages in series, 0.15"] = stages = load("stages-")
-    preferred["longer"] = {
-        "capacity, 0.15": longer,
-        "weights, 0.15": load("early18-"),
-        "weights, 0.32": load("epochs18-resnet20-ato-"),
-    }
-    preferred["vgg"] = {
-        "capacity, 0.15": of("ato", vgg),
-        "channels, 0.15": load("counted-vgg11_bn-"),
-        "weights, 0.15": load("vgg16-cut=0.15-"),
-        "weights, 0.32": load("epochs16-vgg11_bn-ato-"),
-        "nothing, 0.32": load("vgg16-beta=0-"),
-    }
-    ablation, own = load("ablation-"), load("own-widths-")
-    changed, early_random = stages + load("cut09-"), load("early-random-")
+    ablation, own, chance = load("ablation-"), load("own-widths-"), load("early-random-")
     costs = {name: cost for made in load("run_cost") for name, cost in made["runs"].items()}
     return {
         "comparison": comparison(cifar),
@@ -85,12 +96,9 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "control commands": commands(controls),
         "equal cost": equal_cost(equal),
         "equal cost commands": commands(longer + longest + narrow),
-        **{
-            f"preferred {budget}": variants("the controller prefers, cut at", groups, "capacity, 0.15")
-            for budget, groups in preferred.items()
-        },
-        "early random": comparison(early_random + of("ato", cifar)),
-        "preferred commands": commands(changed + early_random),
+        "early random": comparison(chance + ato),
+        "early random commands": commands(chance),
+        **preferred_tables(budgets(ato), longer, of("ato", vgg)),
         "ablation": variants("change", by_value(ablation), "default"),
         "ablation commands": commands(ablation),
         "own widths": from_scratch(own),
