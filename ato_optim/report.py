@@ -103,14 +103,9 @@ class Report:
         )
         budget.step(steps, [100 * share for share in shares], where="post", color="#2166ac", label="MACs of the mask")
         budget.axhline(100 * self.target_flops, color="#b2182b", linewidth=1, linestyle="--", label="budget")
-        for name, step in zip(("search", "pull", "commit", "zero"), self.boundaries, strict=True):
-            # Search lies close to the start of the run, commit close to zero.
-            side = "left" if name in ("search", "zero") else "right"
-            budget.axvline(step, color="#aab0b6", linewidth=0.8)
-            budget.annotate(
-                name, (step, 0.0), xycoords=("data", "axes fraction"), xytext=(2 if side == "left" else -2, 3),
-                textcoords="offset points", rotation=90, va="bottom", ha=side, fontsize=7, color="#555b61",
-            )  # fmt: skip
+        spans = {"search": "#e6eaee", "search and pull": "#d9dfe5", "commit": "#bcc5ce"}
+        for (name, shade), begin, end in zip(spans.items(), self.boundaries, self.boundaries[1:], strict=False):
+            budget.axvspan(begin, end, color=shade, linewidth=0, zorder=0, label=name)
         budget.set_ylim(0, 105)
         budget.set_xlim(0, max(self.total_steps, self.step))
         budget.set_xlabel("step")
