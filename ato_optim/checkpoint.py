@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict
 from os import PathLike
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from .checks import module, owner_of
 from .compress import Cut, apply_cut, compose, cut_of, uncut
@@ -30,7 +32,8 @@ def save_pruned(model: nn.Module, path: File) -> None:
     same change. Under fully_shard all ranks call it, and each writes the whole network.
 
     Raises:
-        TypeError, ValueError: if `model` is no module, or was not compressed by ATO.
+        TypeError, ValueError: if `model` is no module, was not compressed by ATO, or has an extra state that is no
+            plain data. Nothing is written then.
     """
     module("model", model)
     model = copy_model(unwrap(model)) if is_sharded(unwrap(model)) else unwrap(model)
@@ -39,8 +42,24 @@ def save_pruned(model: nn.Module, path: File) -> None:
         raise ValueError(
             f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense model"
         )
-    content = {"cut": asdict(compose(cut, uncut(model))), "weights": model.state_dict()}
+    weights = model.state_dict()
+    _check_plain(weights)
+    content = {"cut": asdict(compose(cut, uncut(model))), "weights": weights}
     torch.save({"format": FORMAT, "version": VERSION, **content}, path)
+
+
+def _check_plain(weights: dict[str, Any]) -> None:
+    """Raise ValueError if `weights` hold what cannot be read with weights_only=True: what get_extra_state() gave."""
+    for key, value in weights.items():
+        if type(value) is not Tensor:
+            torch.save(value, file := io.BytesIO())
+            file.seek(0)
+            if unknown := get_unsafe_globals_in_checkpoint(file):
+                raise ValueError(
+                    f"model holds {key} of {', '.join(unknown)}, which a file without code cannot: return plain data "
+                    "from get_extra_state(), or allow the types where it is written and where it is read "
+                    "(torch.serialization.add_safe_globals)"
+                )
 
 
 def load_pruned(dense_model: Model, path: File) -> Model:

@@ -205,6 +205,39 @@ def test_sizes_may_be_numbers_of_numpy(tmp_path):
         assert torch.equal(loaded.eval()(example()), small.eval()(example()))
 
 
+class Rule:
+    """What a module might keep in its extra state."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+def with_extra_state(monkeypatch, extra):
+    """All convolutions keep `extra`; what they are given on loading is in the list that is returned."""
+    read = []
+    monkeypatch.setattr(torch.nn.Conv2d, "get_extra_state", lambda self: extra)
+    monkeypatch.setattr(torch.nn.Conv2d, "set_extra_state", lambda self, state: read.append(state))
+    return read
+
+
+def test_an_extra_state_of_plain_data_is_kept(saved, tmp_path, monkeypatch):
+    read = with_extra_state(monkeypatch, {"rules": ["a", 2]})
+    save_pruned(saved[0], tmp_path / "extra.pt")
+    load_pruned(Residual(), tmp_path / "extra.pt")
+    assert read and all(state == {"rules": ["a", 2]} for state in read)
+
+
+def test_an_extra_state_that_could_not_be_read_is_not_written(saved, tmp_path, monkeypatch):
+    read = with_extra_state(monkeypatch, Rule("a"))
+    with pytest.raises(ValueError, match=r"stem\.0\._extra_state of test_checkpoint\.Rule.*add_safe_globals"):
+        save_pruned(saved[0], tmp_path / "extra.pt")
+    assert not (tmp_path / "extra.pt").exists()
+    with torch.serialization.safe_globals([Rule]):
+        save_pruned(saved[0], tmp_path / "extra.pt")
+        load_pruned(Residual(), tmp_path / "extra.pt")
+    assert read and all(state.name == "a" for state in read)
+
+
 def test_a_pruned_network_that_is_pruned_again_loads_into_the_dense_one(saved, tmp_path):
     model, _ = saved
     optimizer = ATO(
