@@ -72,7 +72,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path)
     add("--method", default="ato", choices=[*PRUNING, "dense", "narrow", "magnitude"])
     add("--target-flops", type=float, default=0.45, help="share of the dense network's MACs that is kept")
-    add("--epochs", type=int, help="default: 40 on digits, 16 elsewhere")
+    add("--epochs", type=int, help="default: 64 on digits, 16 elsewhere")
     add("--batch", type=int, default=128)
     add("--lr", type=float, default=0.2, help="peak learning rate")
     add("--warmup-epochs", type=float, default=1.5)
@@ -95,7 +95,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # As it was called, but for the names of folders, which are nobody else's.
     folders = {str(args.data_dir): "DIR", str(args.out): "OUT"}
     args.argv = [folders.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
-    args.epochs = args.epochs or (40 if args.data == "digits" else 16)
+    args.epochs = args.epochs or (64 if args.data == "digits" else 16)
     # Runs of different budgets in one folder must not go on from each other's checkpoints.
     budget = "" if args.method == "dense" else f"-{100 * args.target_flops:g}"
     args.name = args.name or f"{args.data}-{args.model}-{args.method}{budget}-{args.seed}"
