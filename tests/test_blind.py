@@ -211,3 +211,20 @@ def test_difference_is_relative_to_what_has_changed():
 def test_norms_of_buffers_are_not_put_to_sleep():
     model = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
     assert "the forward fails without it" in pruned(model, torch.randn(1, 3, 64, 64))["conv1"]
+
+
+def test_norms_of_buffers_are_pruned_when_converted_as_the_docs_say():
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d).eval(), torch.randn(1, 3, 64, 64)
+    frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}
+    for norm in frozen.values():
+        for buffer in norm.buffers():
+            buffer.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        before = model(x)
+        for name, norm in frozen.items():
+            trainable = torch.nn.BatchNorm2d(len(norm.weight)).eval()
+            trainable.load_state_dict(norm.state_dict(), strict=False)
+            model.set_submodule(name, trainable)
+        torch.testing.assert_close(model(x), before)
+    assert pruned(model, x)["conv1"] == "pruned"
