@@ -33,56 +33,63 @@ def of(method: str, runs: Runs) -> Runs:
     return [run for run in runs if run["arguments"]["method"] == method]
 
 
-def preferred_tables(ato: dict[str, dict[str, Runs]], longer: Runs, vgg: Runs) -> dict[str, str]:
-    """Other preferences of the controller, and times of the cut, beside the default's runs of ResNet-20 and VGG-11.
+def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -> dict[str, str]:
+    """Other preferences of the controller, and times of the cut, beside the default's runs.
 
-    `ato` are those in 16 epochs by budget, `longer` those at 45 % in 18.
+    `ato` are those of ResNet-20 by budget, the others those of VGG-11 and ResNet-56.
     """
-    default, before = "capacity, 0.15", budgets(load("cifar10-resnet20-"))
-    earlier, stages = load("cut09-"), load("stages-")
+    default, later, before = "capacity, 0.09", "capacity, 0.15", budgets(load("cifar10-resnet20-"))
+    cut_later, stages = budgets(load("chains-resnet20-")), load("stages-")
     groups = {
         budget: {
             default: ato[budget]["ato"],
-            "capacity, 0.09": budgets(earlier)[budget]["ato"],
+            later: cut_later[budget]["ato"],
             "weights, 0.15": load(f"{early}-0.15-"),
             "weights, 0.32": before[budget]["ato"],
         }
         for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
     }
     groups["0.45"]["capacity, stages in series, 0.15"] = stages
-    groups["longer"] = {
-        default: longer,
-        "weights, 0.15": load("early18-"),
-        "weights, 0.32": load("epochs18-resnet20-ato-"),
-    }
     groups["vgg"] = {
         default: vgg,
+        later: load("chains-vgg11_bn-"),
         "channels, 0.15": load("counted-vgg11_bn-"),
         "weights, 0.15": load("vgg16-cut=0.15-"),
         "weights, 0.32": load("epochs16-vgg11_bn-ato-"),
         "nothing, 0.32": load("vgg16-beta=0-"),
     }
+    groups["deeper"] = {
+        default: deeper,
+        later: load("chains-resnet56-"),
+        "weights, 0.32": of("ato", load("epochs16-resnet56-")),
+    }
     tables = {
         f"preferred {place}": variants("the controller prefers, cut at", found, default)
         for place, found in groups.items()
     }
-    return {**tables, "preferred commands": commands(stages + earlier)}
+    made = [run for methods in cut_later.values() for run in methods["ato"]]
+    made += stages + load("chains-vgg11_bn-") + load("chains-resnet56-")
+    return {**tables, "preferred commands": commands(made)}
 
 
 def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
-    longer, longest, narrow = load("chains-epochs18-"), load("chains-epochs30-"), load("epochs22-resnet20-narrow-")
+    longer, longest, narrow = load("cut09-epochs19-"), load("cut09-epochs32-"), load("epochs22-resnet20-narrow-")
+    later, late, cut_early = load("chains-epochs18-"), load("chains-epochs30-"), load("epochs19-resnet20-magnitude-")
     equal = (
         ("dense", at_45["dense"], longest),
         ("narrow", narrow, longer),
         ("magnitude", at_45["magnitude"], longer),
+        ("magnitude, cut at 0.09", cut_early, longer),
         ("magnitude, streams whole", load("control-streams-45-"), longer),
         ("magnitude, cut at 0.32", load("control-cut32-45-"), longer),
+        ("ato, cut at 0.15", later, longer),
+        ("ato, cut at 0.15", late, longest),
     )
     deeper = of("narrow", load("epochs16-resnet56-")) + of("magnitude", load("epochs16-resnet56-"))
-    deeper += load("chains-resnet56-")
-    vgg = load("epochs16-vgg11_bn-narrow-") + load("chains-vgg11_bn-")
+    deeper += load("cut09-resnet56-")
+    vgg = load("epochs16-vgg11_bn-narrow-") + load("cut09-vgg11_bn-")
     ablation, own, chance = load("ablation-"), load("own-widths-"), load("early-random-")
     costs = {name: cost for made in load("run_cost") for name, cost in made["runs"].items()}
     return {
@@ -95,10 +102,11 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         "equal cost": equal_cost(equal),
-        "equal cost commands": commands(longer + longest + narrow),
+        "equal cost in short": equal_cost(equal[:4]),
+        "equal cost commands": commands(longer + longest + narrow + cut_early + later + late),
         "early random": comparison(chance + ato),
         "early random commands": commands(chance),
-        **preferred_tables(budgets(ato), longer, of("ato", vgg)),
+        **preferred_tables(budgets(ato), of("ato", vgg), of("ato", deeper)),
         "ablation": variants("change", by_value(ablation), "default"),
         "ablation commands": commands(ablation),
         "own widths": from_scratch(own),
@@ -159,8 +167,10 @@ def experiments_tables(cifar: Runs) -> dict[str, str]:
     vgg, vgg_longer, vgg_longest = (load(f"{run}-vgg11_bn-") for run in ("cifar10", "epochs8", "epochs16"))
     floor, vgg_changed, vgg_weighed = load("floor-vgg11_bn-"), load("vgg11-"), load("vgg16-")
     deeper = load("epochs16-resnet56-"), load("epochs4-resnet56-")
+    lengths = {"weights, 0.32": longer, "weights, 0.15": early, "capacity, 0.15": load("chains-epochs18-")}
     return {
         "before": comparison(cifar),
+        "longer": variants("the controller prefers, cut at", lengths, "weights, 0.32"),
         "before commands": commands(of("ato", cifar) + of("random", cifar)),
         "equal cost": equal_cost(equal),
         "equal cost commands": commands(longer + early + longest),
@@ -192,12 +202,13 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     before = load("cifar10-resnet20-")
     controls = [run for run in before if run["arguments"]["method"] != "ato"]
-    cifar = controls + load("chains-resnet20-")
+    cifar = controls + load("cut09-resnet20-")
     tables = results_tables(cifar)
+    readme = {"comparison": tables["comparison"], "equal cost": tables.pop("equal cost in short")}
     fill(ROOT / "docs" / "results.md", tables)
     fill(ROOT / "docs" / "experiments.md", experiments_tables(before))
     fill(ROOT / "docs" / "models.md", zoo_tables(load_zoo()))
-    fill(ROOT / "README.md", {"comparison": tables["comparison"]})
+    fill(ROOT / "README.md", readme)
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     at_45 = budgets(cifar)["0.45"]
     draw_report(next(run for run in at_45["ato"] if not run["arguments"]["ato"]), FIGURES / "widths.png")
