@@ -1,6 +1,6 @@
 """Train one network with one method and write what came out as one JSON file.
 
-    python benchmarks/train.py                                        # digits, ResNet-20, ATO: two minutes
+    python benchmarks/train.py                                        # digits, ResNet-20, ATO: half a minute
     python benchmarks/train.py --data cifar10 --data-dir DIR --method dense --epochs 16
     python benchmarks/train.py --data cifar10 --data-dir DIR --method ato --epochs 16 --early --resume
 
