@@ -77,11 +77,13 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
     longer, longest, narrow = load("cut09-epochs19-"), load("cut09-epochs32-"), load("epochs22-resnet20-narrow-")
     later, late, cut_early = load("chains-epochs18-"), load("chains-epochs30-"), load("epochs19-resnet20-magnitude-")
+    early_whole = load("epochs19whole-")
     equal = (
         ("dense", at_45["dense"], longest),
         ("narrow", narrow, longer),
         ("magnitude", at_45["magnitude"], longer),
         ("magnitude, cut at 0.09", cut_early, longer),
+        ("magnitude, cut at 0.09, streams whole", early_whole, longer),
         ("magnitude, streams whole", load("control-streams-45-"), longer),
         ("magnitude, cut at 0.32", load("control-cut32-45-"), longer),
         ("ato, cut at 0.15", later, longer),
@@ -102,8 +104,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         "equal cost": equal_cost(equal),
-        "equal cost in short": equal_cost(equal[:4]),
-        "equal cost commands": commands(longer + longest + narrow + cut_early + later + late),
+        "equal cost in short": equal_cost(equal[:5]),
+        "equal cost commands": commands(longer + longest + narrow + cut_early + early_whole + later + late),
         "early random": comparison(chance + ato),
         "early random commands": commands(chance),
         **preferred_tables(budgets(ato), of("ato", vgg), of("ato", deeper)),
