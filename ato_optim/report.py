@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .budget import least_mask
@@ -104,7 +105,7 @@ class Report:
         budget.step(steps, [100 * share for share in shares], where="post", color="#2166ac", label="MACs of the mask")
         budget.axhline(100 * self.target_flops, color="#b2182b", linewidth=1, linestyle="--", label="budget")
         spans = {"search": "#e6eaee", "search and pull": "#d9dfe5", "commit": "#bcc5ce"}
-        for (name, shade), begin, end in zip(spans.items(), self.boundaries, self.boundaries[1:], strict=False):
+        for (name, shade), (begin, end) in zip(spans.items(), pairwise(self.boundaries), strict=True):
             budget.axvspan(begin, end, color=shade, linewidth=0, zorder=0, label=name)
         budget.set_ylim(0, 105)
         budget.set_xlim(0, max(self.total_steps, self.step))

@@ -401,3 +401,16 @@ def test_a_buffer_that_is_expanded_survives_turns():
     assert len(optimizer.history) > 2
     expected = model.eval()(example())
     assert difference(expected, optimizer.compress()(example())) < 1e-5
+
+
+def test_the_figure_shades_each_phase_from_its_boundary_to_the_next():
+    pytest.importorskip("matplotlib")
+    report = make()[1].report()
+    patches = {patch.get_label(): patch for patch in report.figure().axes[1].patches}
+    spans = {
+        name: patch.get_path().transformed(patch.get_patch_transform()).get_extents().intervalx.tolist()
+        for name, patch in patches.items()
+    }
+    search, pull, commit, zero = report.boundaries
+    assert search < pull < commit < zero
+    assert spans == {"search": [search, pull], "search and pull": [pull, commit], "commit": [commit, zero]}
