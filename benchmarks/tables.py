@@ -72,23 +72,32 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
     return {**tables, "preferred commands": commands(made)}
 
 
-def results_tables(cifar: Runs) -> dict[str, str]:
-    """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
-    controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
+def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
+    """Controls beside longer runs of ato that cost no more; `at_45` are the runs of 16 epochs by method."""
     longer, longest, narrow = load("cut09-epochs19-"), load("cut09-epochs32-"), load("epochs22-resnet20-narrow-")
-    later, late, cut_early = load("chains-epochs18-"), load("chains-epochs30-"), load("epochs19-resnet20-magnitude-")
-    early_whole = load("epochs19whole-")
-    equal = (
+    cut_early, whole = load("epochs19-resnet20-magnitude-"), load("epochs19whole-")
+    later, late = load("chains-epochs18-"), load("chains-epochs30-")
+    pairs = (
         ("dense", at_45["dense"], longest),
         ("narrow", narrow, longer),
         ("magnitude", at_45["magnitude"], longer),
         ("magnitude, cut at 0.09", cut_early, longer),
-        ("magnitude, cut at 0.09, streams whole", early_whole, longer),
+        ("magnitude, cut at 0.09, streams whole", whole, longer),
         ("magnitude, streams whole", load("control-streams-45-"), longer),
         ("magnitude, cut at 0.32", load("control-cut32-45-"), longer),
         ("ato, cut at 0.15", later, longer),
         ("ato, cut at 0.15", late, longest),
     )
+    return {
+        "equal cost": equal_cost(pairs),
+        "equal cost in short": equal_cost(pairs[:5]),
+        "equal cost commands": commands(longer + longest + narrow + cut_early + whole + later + late),
+    }
+
+
+def results_tables(cifar: Runs) -> dict[str, str]:
+    """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
+    controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
     deeper = of("narrow", load("epochs16-resnet56-")) + of("magnitude", load("epochs16-resnet56-"))
     deeper += load("cut09-resnet56-")
     vgg = load("epochs16-vgg11_bn-narrow-") + load("cut09-vgg11_bn-")
@@ -103,9 +112,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         ),
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
-        "equal cost": equal_cost(equal),
-        "equal cost in short": equal_cost(equal[:5]),
-        "equal cost commands": commands(longer + longest + narrow + cut_early + early_whole + later + late),
+        **equal_cost_tables(at_45),
         "early random": comparison(chance + ato),
         "early random commands": commands(chance),
         **preferred_tables(budgets(ato), of("ato", vgg), of("ato", deeper)),
