@@ -39,7 +39,12 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
     `ato` are those of ResNet-20 by budget, the others those of VGG-11 and ResNet-56.
     """
     default, later, before = "capacity, 0.09", "capacity, 0.15", budgets(load("cifar10-resnet20-"))
-    cut_later, stages = budgets(load("chains-resnet20-")), load("stages-")
+    cut_later = budgets(load("chains-resnet20-"))
+    tried = {
+        "capacity, 0.5": load("cut50-resnet20-"),
+        "capacity, beta=4, 0.09": load("beta4-resnet20-"),
+        "capacity, stages in series, 0.15": load("stages-"),
+    }
     groups = {
         budget: {
             default: ato[budget]["ato"],
@@ -49,7 +54,7 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
         }
         for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
     }
-    groups["0.45"]["capacity, stages in series, 0.15"] = stages
+    groups["0.45"] |= tried
     groups["vgg"] = {
         default: vgg,
         later: load("chains-vgg11_bn-"),
@@ -68,7 +73,7 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
         for place, found in groups.items()
     }
     made = [run for methods in cut_later.values() for run in methods["ato"]]
-    made += stages + load("chains-vgg11_bn-") + load("chains-resnet56-")
+    made += [run for runs in tried.values() for run in runs] + load("chains-vgg11_bn-") + load("chains-resnet56-")
     return {**tables, "preferred commands": commands(made)}
 
 
