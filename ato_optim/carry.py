@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,33 +12,39 @@ from .base import with_inner
 from .compress import Cut, apply_cut, select
 
 
-def check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
-    """Raise ValueError if `optimizer` holds what cannot be cut.
+def obstacle(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], dense: dict[str, list[int]]) -> str:
+    """Why `optimizer` cannot follow a cut of what it trains, with the way out; empty if it can.
 
-    That is an optimizer with lists of parameters of its own, and state that is a vector over all parameters, as LBFGS
-    has.
+    What cannot be cut is an optimizer with lists of parameters of its own, and state that is no parameter's: a vector
+    over all of them, as LBFGS has, or rows and columns of them, as factored second moments.
+
+    Args:
+        names: of the model's parameters.
+        dense: shape of each parameter before the cut, by its name.
     """
+    way_out = "use compress(inplace=False), and a new optimizer to train on"
     for inner in with_inner(optimizer):
         if inner.param_groups is not optimizer.param_groups:
-            raise ValueError(
+            return (
                 f"base_optimizer ({type(optimizer).__name__}) holds another optimizer ({type(inner).__name__}), whose "
-                "lists cannot follow the cut: use compress(inplace=False), and a new optimizer to train on"
+                f"lists cannot follow the cut: {way_out}"
             )
-        _check_state(inner, names, cut)
-
-
-def _check_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], cut: Cut) -> None:
-    for parameter, state in optimizer.state.items():
-        if parameter not in names:  # of a group that was added, not the model's: it stays as it is
-            continue
-        dense = cut.dense[names[parameter]]
-        for key, value in state.items():
-            if not _follows(value, dense):
-                raise ValueError(
-                    f"the state '{key}' of base_optimizer ({type(optimizer).__name__}) does not belong to one "
-                    "parameter each and cannot follow the cut: use compress(inplace=False), and a new optimizer "
-                    "to train on"
+        # parameters of a group that was added, not the model's, stay as they are
+        for name, state in [(names[p], state) for p, state in inner.state.items() if p in names]:
+            for key in [key for key, value in state.items() if not _follows(value, dense[name])]:
+                return (
+                    f"the state '{key}' of base_optimizer ({type(inner).__name__}) does not belong to one "
+                    f"parameter each and cannot follow the cut: {way_out}"
                 )
+    return ""
+
+
+def warn_of_obstacle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Say after the first step, when there is a state, what compress() would raise when it comes to cut it."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    found = obstacle(optimizer, names, {name: list(p.shape) for p, name in names.items()})
+    if found:
+        warnings.warn(f"compress() in place will fail: {found}", stacklevel=5)
 
 
 def _follows(value: Any, dense: list[int]) -> bool:
@@ -75,5 +82,6 @@ def carry_state(
 def apply_cut_in_training(cut: Cut, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Cut `model` in place and carry the state of the `optimizer` that trains it over."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    check_state(optimizer, names, cut)
+    if found := obstacle(optimizer, names, cut.dense):
+        raise ValueError(found)
     carry_state(optimizer, cut, names, apply_cut(cut, model))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checks, resume
 from .base import of_base, option
 from .budget import least_mask, minimum_widths
-from .carry import apply_cut_in_training
+from .carry import apply_cut_in_training, warn_of_obstacle
 from .compress import Cut, apply_cut, cut_of, derive_cut
 from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
@@ -169,6 +169,8 @@ class ATO(torch.optim.Optimizer):
         self._turn = None
         if self.search is not None:
             checks.learning(done, self.last_turn, self.schedule)
+            if done == 1:
+                warn_of_obstacle(self.base, self.model)
             if done == max(1, self.schedule.commit):
                 self._set_mask(self.search.settle(self.plan.lots(self.round_to)), done)
                 self._detach()
