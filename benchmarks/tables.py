@@ -93,16 +93,18 @@ def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
         ("ato, cut at 0.15", later, longer),
         ("ato, cut at 0.15", late, longest),
     )
-    dense_64, ato_64, narrow_32 = (
+    dense_64, ato_64, narrow_32, no_capacity = (
         load("epochs64-resnet20-dense-"),
         load("cut09-epochs64-"),
         load("epochs32-resnet20-narrow-"),
+        load("beta0-epochs32-"),
     )
     alike = (
         ("dense", at_45["dense"], at_45["ato"]),
         ("dense", dense_64, ato_64),
         ("narrow", at_45["narrow"], at_45["ato"]),
         ("narrow", narrow_32, longest),
+        ("ato, beta=0", no_capacity, longest),
     )
     made = longer + longest + narrow + cut_early + whole + later + late
     return {
@@ -110,7 +112,7 @@ def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
         "equal cost in short": equal_cost(pairs[:5]),
         "equal cost commands": commands(made),
         "lengths": equal_cost(alike),
-        "lengths commands": commands(dense_64 + ato_64 + narrow_32),
+        "lengths commands": commands(dense_64 + ato_64 + narrow_32 + no_capacity),
     }
 
 
