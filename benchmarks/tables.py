@@ -93,27 +93,29 @@ def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
         ("ato, cut at 0.15", later, longer),
         ("ato, cut at 0.15", late, longest),
     )
-    dense_64, ato_64, narrow_32, no_capacity = (
-        load("epochs64-resnet20-dense-"),
-        load("cut09-epochs64-"),
-        load("epochs32-resnet20-narrow-"),
-        load("beta0-epochs32-"),
-    )
-    alike = (
-        ("dense", at_45["dense"], at_45["ato"]),
-        ("dense", dense_64, ato_64),
-        ("narrow", at_45["narrow"], at_45["ato"]),
-        ("narrow", narrow_32, longest),
-        ("ato, beta=0", no_capacity, longest),
-    )
     made = longer + longest + narrow + cut_early + whole + later + late
     return {
         "equal cost": equal_cost(pairs),
         "equal cost in short": equal_cost(pairs[:5]),
         "equal cost commands": commands(made),
-        "lengths": equal_cost(alike),
-        "lengths commands": commands(dense_64 + ato_64 + narrow_32 + no_capacity),
     }
+
+
+def length_tables() -> dict[str, str]:
+    """Controls beside runs of ato of as many epochs, by the length of the run."""
+    dense, narrow = load("cifar10-resnet20-dense-0"), load("cifar10-resnet20-narrow-0")
+    ato = load("cut09-resnet20-ato-0")
+    ato_32, ato_64 = load("cut09-epochs32-"), load("cut09-epochs64-")
+    narrow_32, uncounted_32 = load("epochs32-resnet20-narrow-"), load("beta0-epochs32-")
+    dense_64 = load("epochs64-resnet20-dense-")
+    alike = (
+        ("dense", dense, ato),
+        ("dense", dense_64, ato_64),
+        ("narrow", narrow, ato),
+        ("narrow", narrow_32, ato_32),
+        ("ato, beta=0", uncounted_32, ato_32),
+    )
+    return {"lengths": equal_cost(alike), "lengths commands": commands(dense_64 + ato_64 + narrow_32 + uncounted_32)}
 
 
 def results_tables(cifar: Runs) -> dict[str, str]:
@@ -134,6 +136,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         **equal_cost_tables(at_45),
+        **length_tables(),
         "early random": comparison(chance + ato),
         "early random commands": commands(chance),
         **preferred_tables(budgets(ato), of("ato", vgg), of("ato", deeper)),
