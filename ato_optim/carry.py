@@ -30,12 +30,13 @@ def obstacle(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], dense: 
                 f"lists cannot follow the cut: {way_out}"
             )
         # parameters of a group that was added, not the model's, stay as they are
-        for name, state in [(names[p], state) for p, state in inner.state.items() if p in names]:
-            for key in [key for key, value in state.items() if not _follows(value, dense[name])]:
-                return (
-                    f"the state '{key}' of base_optimizer ({type(inner).__name__}) does not belong to one "
-                    f"parameter each and cannot follow the cut: {way_out}"
-                )
+        states = [(dense[names[p]], state) for p, state in inner.state.items() if p in names]
+        stuck = [key for shape, state in states for key, value in state.items() if not _follows(value, shape)]
+        if stuck:
+            return (
+                f"the state '{stuck[0]}' of base_optimizer ({type(inner).__name__}) does not belong to one "
+                f"parameter each and cannot follow the cut: {way_out}"
+            )
     return ""
 
 
