@@ -107,15 +107,19 @@ def length_tables() -> dict[str, str]:
     ato = load("cut09-resnet20-ato-0")
     ato_32, ato_64 = load("cut09-epochs32-"), load("cut09-epochs64-")
     narrow_32, uncounted_32 = load("epochs32-resnet20-narrow-"), load("beta0-epochs32-")
-    dense_64 = load("epochs64-resnet20-dense-")
+    dense_64, narrow_64 = load("epochs64-resnet20-dense-"), load("epochs64-resnet20-narrow-")
+    uniform_64 = load("uniform-epochs64-")
     alike = (
         ("dense", dense, ato),
         ("dense", dense_64, ato_64),
         ("narrow", narrow, ato),
         ("narrow", narrow_32, ato_32),
+        ("narrow", narrow_64, ato_64),
+        ("narrow in its blocks", uniform_64, ato_64),
         ("ato, beta=0", uncounted_32, ato_32),
     )
-    return {"lengths": equal_cost(alike), "lengths commands": commands(dense_64 + ato_64 + narrow_32 + uncounted_32)}
+    made = dense_64 + ato_64 + narrow_32 + narrow_64 + uniform_64 + uncounted_32
+    return {"lengths": equal_cost(alike), "lengths commands": commands(made)}
 
 
 def results_tables(cifar: Runs) -> dict[str, str]:
