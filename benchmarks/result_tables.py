@@ -117,6 +117,16 @@ def equal_cost(pairs: Sequence[tuple[str, Runs, Runs]]) -> str:
     return table(["control", "epochs", *measured, "ato's epochs", *measured, "ato is ahead by", "n"], rows)
 
 
+def by_length(methods: dict[str, Runs], seed: int) -> str:
+    """One row a method: what its training costs, and the accuracy of the run with `seed` in each number of epochs."""
+    lengths = sorted({run["arguments"]["epochs"] for runs in methods.values() for run in runs})
+    rows = []
+    for name, runs in methods.items():
+        found = [by_seed([run for run in runs if run["arguments"]["epochs"] == epochs]) for epochs in lengths]
+        rows.append([name, training_cost(runs), *(mean([seeds[seed]]) if seed in seeds else "" for seeds in found)])
+    return table(["method", "MACs of training", *(f"{epochs} epochs" for epochs in lengths)], rows)
+
+
 def from_scratch(runs: Runs) -> str:
     """One row a model, budget and method whose widths were trained from the start: the choice without the process."""
     found: dict[tuple[str, float, str], tuple[Runs, Runs]] = defaultdict(lambda: ([], []))

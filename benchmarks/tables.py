@@ -9,6 +9,7 @@ from figures import draw_accuracy, draw_layers, draw_report
 from pages import fill
 from result_tables import (
     PAPER,
+    by_length,
     by_value,
     by_widths,
     commands,
@@ -101,25 +102,18 @@ def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     }
 
 
-def length_tables() -> dict[str, str]:
-    """Controls beside runs of ato of as many epochs, by the length of the run."""
-    dense, narrow = load("cifar10-resnet20-dense-0"), load("cifar10-resnet20-narrow-0")
-    ato = load("cut09-resnet20-ato-0")
-    ato_32, ato_64 = load("cut09-epochs32-"), load("cut09-epochs64-")
-    narrow_32, uncounted_32 = load("epochs32-resnet20-narrow-"), load("beta0-epochs32-")
-    dense_64, narrow_64 = load("epochs64-resnet20-dense-"), load("epochs64-resnet20-narrow-")
-    uniform_64 = load("uniform-epochs64-")
-    alike = (
-        ("dense", dense, ato),
-        ("dense", dense_64, ato_64),
-        ("narrow", narrow, ato),
-        ("narrow", narrow_32, ato_32),
-        ("narrow", narrow_64, ato_64),
-        ("narrow in its blocks", uniform_64, ato_64),
-        ("ato, beta=0", uncounted_32, ato_32),
-    )
-    made = dense_64 + ato_64 + narrow_32 + narrow_64 + uniform_64 + uncounted_32
-    return {"lengths": equal_cost(alike), "lengths commands": commands(made)}
+def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
+    """What the methods come to in runs of several lengths; `at_45` are the runs of 16 epochs by method."""
+    longer = {method: load(f"epochs32-resnet20-{method}-") + load(f"epochs64-resnet20-{method}-") for method in at_45}
+    longer["ato"] = load("cut09-epochs32-") + load("cut09-epochs64-")
+    tried = {
+        "narrow in its blocks": load("uniform-epochs64-"),
+        "ato, cut at 0.5": load("cut50-"),
+        "ato, beta=0": load("beta0-epochs32-"),
+    }
+    methods = {method: at_45[method] + longer[method] for method in at_45 if longer[method]} | tried
+    made = [run for runs in (longer | tried).values() for run in runs]
+    return {"lengths": by_length(methods, seed=0), "lengths commands": commands(made)}
 
 
 def results_tables(cifar: Runs) -> dict[str, str]:
@@ -140,7 +134,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         **equal_cost_tables(at_45),
-        **length_tables(),
+        **length_tables(at_45),
         "early random": comparison(chance + ato),
         "early random commands": commands(chance),
         **preferred_tables(budgets(ato), of("ato", vgg), of("ato", deeper)),
