@@ -56,6 +56,8 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
         for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
     }
     groups["0.45"] |= tried
+    late_30 = load("late30-")
+    groups["0.3"]["capacity, 0.5"] = late_30
     groups["vgg"] = {
         default: vgg,
         later: load("chains-vgg11_bn-"),
@@ -74,7 +76,9 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
         for place, found in groups.items()
     }
     made = [run for methods in cut_later.values() for run in methods["ato"]]
-    made += [run for runs in tried.values() for run in runs] + load("chains-vgg11_bn-") + load("chains-resnet56-")
+    made += (
+        [run for runs in tried.values() for run in runs] + late_30 + load("chains-vgg11_bn-") + load("chains-resnet56-")
+    )
     return {**tables, "preferred commands": commands(made)}
 
 
