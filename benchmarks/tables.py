@@ -114,6 +114,7 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
         "narrow in its blocks": load("uniform-epochs64-"),
         "ato, cut at 0.5": load("cut50-"),
         "ato, beta=0": load("beta0-epochs32-"),
+        "ato, cut at 0.5, beta=0": load("beta0-cut50-epochs64-"),
     }
     methods = {method: at_45[method] + longer[method] for method in at_45 if longer[method]} | tried
     made = [run for runs in (longer | tried).values() for run in runs]
