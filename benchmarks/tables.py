@@ -76,9 +76,8 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
         for place, found in groups.items()
     }
     made = [run for methods in cut_later.values() for run in methods["ato"]]
-    made += (
-        [run for runs in tried.values() for run in runs] + late_30 + load("chains-vgg11_bn-") + load("chains-resnet56-")
-    )
+    for runs in (*tried.values(), late_30, load("chains-vgg11_bn-"), load("chains-resnet56-")):
+        made += runs
     return {**tables, "preferred commands": commands(made)}
 
 
