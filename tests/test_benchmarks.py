@@ -172,6 +172,17 @@ def test_runs_of_equal_cost_are_compared_in_epochs_of_the_dense_network_over_the
     ]  # fmt: skip
 
 
+def test_lengths_are_compared_by_one_seed_and_leave_out_what_was_not_run():
+    dense = [finished("dense", seed, 90.0 + seed, epochs=epochs) for seed in (0, 1) for epochs in (16, 64)]
+    narrow = [finished("narrow", 1, 88.0, epochs=16), finished("narrow", 0, 87.0, epochs=64)]
+    rows = result_tables.by_length({"dense": dense, "narrow": narrow}, seed=1).splitlines()
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in (rows[0], *rows[2:])] == [
+        ["method", "MACs of training", "16 epochs", "64 epochs"],
+        ["dense", "100 %", "91.00", "91.00"],
+        ["narrow", "45 %", "88.00", ""],
+    ]
+
+
 def test_whole_streams_are_compared_over_the_seeds_that_were_run_both_ways():
     pruned = [finished(method, seed, 80.0 + seed) for method in ("ato", "magnitude") for seed in range(3)]
     whole = [finished("ato", seed, 81.0 + seed, budget) for seed in (0, 1) for budget in (0.45, 0.3)]
