@@ -124,7 +124,7 @@ def arguments(
     if not _reals(phases, 4) or not 0 <= phases[0] <= phases[1] <= phases[2] <= phases[3] <= 1:
         raise ValueError(
             f"phases={phases}: pass four rising shares of the run at which search, pull, commit and the exact zeros "
-            "begin, (0.02, 0.06, 0.08, 0.09) say"
+            "begin, (0.35, 0.43, 0.48, 0.5) say"
         )
     if projection not in get_args(Projection):
         raise ValueError(f"projection={projection!r}: pass one of {', '.join(map(repr, get_args(Projection)))}")

@@ -86,7 +86,7 @@ class ATO(torch.optim.Optimizer):
         pull_time: float = 0.1,
         penalty: tuple[float, float] = (10.0, 1000.0),
         epsilon: float = 0.1,
-        phases: Sequence[float] = (0.02, 0.06, 0.08, 0.09),
+        phases: Sequence[float] = (0.35, 0.43, 0.48, 0.5),
         interval: int | None = None,
         gamma: float = 8.0,
         beta: float = 1.5,

@@ -39,28 +39,27 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
 
     `ato` are those of ResNet-20 by budget, the others those of VGG-11 and ResNet-56.
     """
-    default, later, before = "capacity, 0.09", "capacity, 0.15", budgets(load("cifar10-resnet20-"))
-    cut_later = budgets(load("chains-resnet20-"))
+    default, before = "capacity, 0.5", budgets(load("cifar10-resnet20-"))
+    earliest, earlier = budgets(load("cut09-resnet20-")), budgets(load("chains-resnet20-"))
     tried = {
-        "capacity, 0.5": load("cut50-resnet20-"),
         "capacity, beta=4, 0.09": load("beta4-resnet20-"),
         "capacity, stages in series, 0.15": load("stages-"),
     }
     groups = {
         budget: {
             default: ato[budget]["ato"],
-            later: cut_later[budget]["ato"],
+            "capacity, 0.09": earliest[budget]["ato"],
+            "capacity, 0.15": earlier[budget]["ato"],
             "weights, 0.15": load(f"{early}-0.15-"),
             "weights, 0.32": before[budget]["ato"],
         }
         for budget, early in (("0.45", "whole"), ("0.3", "whole30"))
     }
     groups["0.45"] |= tried
-    late_30 = load("late30-")
-    groups["0.3"]["capacity, 0.5"] = late_30
     groups["vgg"] = {
         default: vgg,
-        later: load("chains-vgg11_bn-"),
+        "capacity, 0.09": load("cut09-vgg11_bn-"),
+        "capacity, 0.15": load("chains-vgg11_bn-"),
         "channels, 0.15": load("counted-vgg11_bn-"),
         "weights, 0.15": load("vgg16-cut=0.15-"),
         "weights, 0.32": load("epochs16-vgg11_bn-ato-"),
@@ -68,21 +67,23 @@ def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -
     }
     groups["deeper"] = {
         default: deeper,
-        later: load("chains-resnet56-"),
+        "capacity, 0.09": load("cut09-resnet56-"),
+        "capacity, 0.15": load("chains-resnet56-"),
         "weights, 0.32": of("ato", load("epochs16-resnet56-")),
     }
     tables = {
         f"preferred {place}": variants("the controller prefers, cut at", found, default)
         for place, found in groups.items()
     }
-    made = [run for methods in cut_later.values() for run in methods["ato"]]
-    for runs in (*tried.values(), late_30, load("chains-vgg11_bn-"), load("chains-resnet56-")):
-        made += runs
+    made = [run for runs in tried.values() for run in runs]
+    for cut in ("cut09", "chains"):
+        for model in ("resnet20", "resnet56", "vgg11_bn"):
+            made += load(f"{cut}-{model}-")
     return {**tables, "preferred commands": commands(made)}
 
 
 def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
-    """Controls beside longer runs of ato that cost no more; `at_45` are the runs of 16 epochs by method."""
+    """Controls beside longer runs of ato, cut early, that cost no more; `at_45` are the runs of 16 epochs by method."""
     longer, longest, narrow = load("cut09-epochs19-"), load("cut09-epochs32-"), load("epochs22-resnet20-narrow-")
     cut_early, whole = load("epochs19-resnet20-magnitude-"), load("epochs19whole-")
     later, late = load("chains-epochs18-"), load("chains-epochs30-")
@@ -108,12 +109,13 @@ def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
 def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     """What the methods come to in runs of several lengths; `at_45` are the runs of 16 epochs by method."""
     longer = {method: load(f"epochs32-resnet20-{method}-") + load(f"epochs64-resnet20-{method}-") for method in at_45}
-    longer["ato"] = load("cut09-epochs32-") + load("cut09-epochs64-")
+    longer["ato"], early = load("cut50-epochs"), budgets(load("cut09-resnet20-"))["0.45"]["ato"]
     tried = {
         "narrow in its blocks": load("uniform-epochs64-"),
-        "ato, cut at 0.5": load("cut50-"),
-        "ato, beta=0": load("beta0-epochs32-"),
-        "ato, cut at 0.5, beta=0": load("beta0-cut50-epochs64-"),
+        "ato, cut at 0.3": load("cut30-epochs64-"),
+        "ato, cut at 0.09": early + load("cut09-epochs32-") + load("cut09-epochs64-"),
+        "ato, beta=0": load("beta0-cut50-epochs64-"),
+        "ato, cut at 0.09, beta=0": load("beta0-epochs32-"),
     }
     methods = {method: at_45[method] + longer[method] for method in at_45 if longer[method]} | tried
     made = [run for runs in (longer | tried).values() for run in runs]
@@ -124,9 +126,10 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     controls, at_45, ato = load("control-"), budgets(cifar)["0.45"], of("ato", cifar)
     deeper = of("narrow", load("epochs16-resnet56-")) + of("magnitude", load("epochs16-resnet56-"))
-    deeper += load("cut09-resnet56-")
-    vgg = load("epochs16-vgg11_bn-narrow-") + load("cut09-vgg11_bn-")
+    deeper += load("cut50-resnet56-")
+    vgg = load("epochs16-vgg11_bn-narrow-") + load("cut50-vgg11_bn-")
     ablation, own, chance = load("ablation-"), load("own-widths-"), load("early-random-")
+    early = load("cut09-resnet20-")
     costs = {name: cost for made in load("run_cost") for name, cost in made["runs"].items()}
     return {
         "comparison": comparison(cifar),
@@ -139,8 +142,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "control commands": commands(controls),
         **equal_cost_tables(at_45),
         **length_tables(at_45),
-        "early random": comparison(chance + ato),
-        "early random commands": commands(chance),
+        "early": comparison(chance + early),
+        "early commands": commands(chance),
         **preferred_tables(budgets(ato), of("ato", vgg), of("ato", deeper)),
         "ablation": variants("change", by_value(ablation), "default"),
         "ablation commands": commands(ablation),
@@ -236,8 +239,8 @@ def experiments_tables(cifar: Runs) -> dict[str, str]:
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     before = load("cifar10-resnet20-")
-    controls = [run for run in before if run["arguments"]["method"] != "ato"]
-    cifar = controls + load("cut09-resnet20-")
+    controls = [run for run in before if run["arguments"]["method"] not in ("random", "ato")]
+    cifar = controls + load("random50-resnet20-") + load("cut50-resnet20-")
     tables = results_tables(cifar)
     readme = {"comparison": tables["comparison"], "equal cost": tables.pop("equal cost in short")}
     fill(ROOT / "docs" / "results.md", tables)
@@ -246,7 +249,7 @@ def main() -> None:
     fill(ROOT / "README.md", readme)
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     at_45 = budgets(cifar)["0.45"]
-    draw_report(next(run for run in at_45["ato"] if not run["arguments"]["ato"]), FIGURES / "widths.png")
+    draw_report(at_45["ato"][0], FIGURES / "widths.png")
     # The first runs were made before widths were recorded.
     draw_layers([run for members in at_45.values() for run in members if "widths" in run], FIGURES / "layers.png")
 
