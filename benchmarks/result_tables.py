@@ -184,7 +184,7 @@ def removal(runs: Runs, costs: dict[str, Any]) -> str:
             ]
         )
     measured = ["accuracy before, %", "after, %", "largest logit", "largest difference"]
-    times = ["latency before, ms", "after, ms", "time over SGD's, cut early", "cut at the end"]
+    times = ["latency before, ms", "after, ms", "time over SGD's, removed at once", "at the end"]
     return table(["run", "step of the cut", *measured, *times], rows)
 
 

@@ -144,6 +144,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         **length_tables(at_45),
         "early": comparison(chance + early),
         "early commands": commands(chance),
+        "early removal": removal(early, costs),
         **preferred_tables(budgets(ato), of("ato", vgg), of("ato", deeper)),
         "ablation": variants("change", by_value(ablation), "default"),
         "ablation commands": commands(ablation),
