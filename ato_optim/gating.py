@@ -27,7 +27,7 @@ class Masking:
 
     def __init__(self, model: nn.Module, table: GateTable, gates: Tensor):
         self.model, self.table, self.gates = model, table, gates
-        self._masked: list[Tensor] = []
+        self._masked: list[nn.Parameter] = []
         self._weights: list[Tensor] | None = None
         self._assigned: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
@@ -43,13 +43,12 @@ class Masking:
         if self.on:
             return
         reshard(self.model)  # what fully_shard has gathered before is not masked
-        parameters = self.table.parameters(self.model)
-        # Put back into the same tensors: within a forward fully_shard shows others under the parameters' names.
-        self._masked = [local(p) for p in parameters]
-        self._weights = [p.clone() for p in self._masked]
+        # Put back into the same parameters: within a forward fully_shard shows others under their names.
+        self._masked = [self.model.get_parameter(name) for name in self.table.names]
+        self._weights = [local(p.data).clone() for p in self._masked]
         self._assigned = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
         self._buffers = [(buffer, buffer.data.clone()) for buffer in self.model.buffers() if not _expanded(buffer)]
-        self.table.scale(parameters, self.gates)
+        self.table.scale(self.table.parameters(self.model), self.gates)
         # autocast keeps low-precision copies of weights, which are stale now.
         torch.clear_autocast_cache()
 
@@ -58,7 +57,8 @@ class Masking:
         """Put columns and buffers (norm statistics among them) back, to the bit."""
         if self._weights is None:
             return
-        torch._foreach_copy_(self._masked, self._weights)
+        # Looked up again: a forward may have assigned other data to a parameter.
+        torch._foreach_copy_([local(p.data) for p in self._masked], self._weights)
         for buffers, same in self._assigned:  # a forward may have assigned others, which its graph or caller holds
             buffers.update(same)
         for buffer, before in self._buffers:

@@ -165,6 +165,31 @@ def test_a_buffer_that_is_returned_keeps_what_it_was_returned_with():
     assert torch.equal(model.scale, before) and not torch.equal(mine, before)
 
 
+@pytest.mark.parametrize("assigns", [True, False])
+def test_weights_that_a_forward_renormalises_keep_nothing_of_the_mask(assigns):
+    class MaxNorm(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if assigns:
+                self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+            else:
+                self.weight.data.renorm_(p=2, dim=0, maxnorm=0.5)
+            return super().forward(x)
+
+    class Constrained(Residual):
+        def __init__(self):
+            super().__init__()
+            self.fc = MaxNorm(self.fc.in_features, self.fc.out_features)
+
+    model, optimizer, twin = at_a_turn(Constrained())
+    before = model.fc.weight.detach().clone()
+    x, y = next(iter(batches(1)))
+    loss = cross_entropy(model, x, y)
+    assert optimizer.turn_begun and (twin.fc.weight == 0).all(0).any()
+    assert torch.equal(model.fc.weight, before)
+    loss.backward()
+    assert torch.equal(model.fc.weight, before)
+
+
 def test_a_training_forward_without_gradients_is_no_error():
     class Predicts(Residual):
         def forward(self, x: Tensor, predict: bool = False) -> Tensor:
