@@ -272,13 +272,12 @@ class ATO(torch.optim.Optimizer):
         """Pull the masked groups toward zero, after the update that makes `step` steps done."""
         if self.target_flops == 1 or self.cut is not None or not self.schedule.pulls(step):
             return
-        left = self.schedule.steps_left(step)
-        producers = self.plan.groups.producers
-        parameters = producers.parameters(self.model)
-        if self.projection == "timed" or step >= self.schedule.zero:
+        left, zero = self.schedule.steps_left(step), step >= self.schedule.zero
+        producers, consumers = self.plan.groups.producers, self.plan.groups.consumers
+        if self.projection == "timed" or zero:
             factor = torch.tensor(timed(left), dtype=torch.float32)
         else:
-            sizes = torch._foreach_abs(parameters)
+            sizes = torch._foreach_abs(producers.parameters(self.model))
             of_entries = torch._foreach_mul(sizes, sizes)
             squares = producers.sum(of_entries, len(self.mask))
             rates = option(self.base, self.model, "lr")
@@ -287,7 +286,9 @@ class ATO(torch.optim.Optimizer):
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
             threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, squares) * shares
             factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
-        producers.scale(parameters, torch.where(self.mask, 1.0, factor))
+        # What reads zeros only sends gradients back, large ones through a norm without a scale, which a clip counts.
+        for table in (producers, consumers) if zero else (producers,):
+            table.scale(table.parameters(self.model), torch.where(self.mask, 1.0, factor))
 
     def _set_mask(self, mask: Tensor, step: int) -> None:
         self.mask = mask

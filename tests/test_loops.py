@@ -158,6 +158,31 @@ def test_accumulated_and_clipped_turns_equal_those_of_the_whole_batch(clip):
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-11)
 
 
+def test_a_clip_counts_nothing_of_channels_that_are_zero():
+    """Behind a norm without a scale their gradients would be hundreds of times as large as those of all others."""
+    runs = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        layers = [
+            [nn.Conv2d(i, o, 3, padding=1), nn.InstanceNorm2d(o), nn.LeakyReLU(0.2)] for i, o in ((3, 16), (16, 32))
+        ]
+        model = nn.Sequential(*layers[0], *layers[1], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 5)).double()
+        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        optimizer = ATO(base, model, example(1).double(), target_flops=0.3, total_steps=60, phases=SHORT)
+        norms = []
+        for x, y in batches(60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.double()), y).backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+            optimizer.step()
+            if early and optimizer.removable:
+                optimizer.compress()
+        runs.append((torch.stack(norms), optimizer.compress()))
+    (late, one), (early, other) = runs
+    torch.testing.assert_close(late, early, rtol=1e-9, atol=0)
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-11)
+
+
 def test_several_forwards_before_one_backward_are_one_turn():
     """Two views in one loss: the same mask in both, and the gradients of a model that is masked throughout."""
     torch.manual_seed(0)

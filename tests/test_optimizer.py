@@ -48,12 +48,14 @@ def train(model, optimizer, steps, skip=0):
     return losses
 
 
-def masked_entries(model, optimizer):
-    """All producer entries of the masked groups, and of the others, as two flat tensors."""
-    producers = optimizer.plan.groups.producers
-    gates = producers.split(optimizer.mask.float())
-    data = [(p, g.expand_as(p).bool()) for p, g in zip(producers.parameters(model), gates, strict=True)]
-    return torch.cat([p[~g] for p, g in data]), torch.cat([p[g] for p, g in data])
+def masked_entries(model, optimizer, read=False):
+    """Entries that produce masked channels (and that `read` them), and all others of these parameters, flat."""
+    groups, closed = optimizer.plan.groups, {}
+    for table in (groups.producers, groups.consumers) if read else (groups.producers,):
+        for name, gates in zip(table.names, table.split(optimizer.mask), strict=True):
+            closed[name] = closed.get(name, False) | ~gates.expand_as(model.get_parameter(name))
+    data = [(model.get_parameter(name).data, entries) for name, entries in closed.items()]
+    return torch.cat([p[entries] for p, entries in data]), torch.cat([p[~entries] for p, entries in data])
 
 
 @pytest.mark.parametrize("network", [Residual, Flatten])
@@ -81,7 +83,7 @@ def test_committed_groups_reach_zero_stay_there_and_the_budget_is_met(base, proj
     assert optimizer.removable
     for extra in (0, 5):  # momentum and weight decay go on for five steps more
         train(model, optimizer, extra)
-        masked, others = masked_entries(model, optimizer)
+        masked, others = masked_entries(model, optimizer, read=True)
         assert len(masked) and (masked == 0.0).all()
         assert (others != 0.0).float().mean() > 0.9
     report = optimizer.report()
