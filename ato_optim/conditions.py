@@ -56,6 +56,12 @@ def _drawable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided
 
 
+def _counts(tensor: Tensor) -> bool:
+    """Whether `tensor` is a dense one of integers."""
+    dense = tensor.layout is torch.strided and tensor.dtype != torch.bool
+    return dense and not tensor.is_floating_point() and not tensor.is_complex()
+
+
 def _redrawn(example_inputs: Any) -> Any:
     """The example inputs with floating-point tensors drawn anew, with a mean of the other sign."""
     generator = torch.Generator().manual_seed(0)
@@ -71,14 +77,38 @@ def _redrawn(example_inputs: Any) -> Any:
 def telling_inputs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
     """The example inputs, drawn anew if a floating-point tensor is constant: zeros would hide what is not exact.
 
-    A model that makes NaN of what is drawn, or refuses it, gets positive values, or in the end what it was given.
+    A model that makes NaN of what is drawn, or refuses it, gets positive values, or in the end what it was given. Where
+    there are integers alone, all alike (tokens, between which an attention would not tell), they get two values.
     """
+    return _with_two_tokens(model, _with_floats(model, example_inputs, forward_fn), forward_fn)
+
+
+def _with_floats(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
     floats = [t for t in _pytree.tree_leaves(example_inputs) if _drawable(t)]
     if all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats):
         return example_inputs
     drawn = _redrawn(example_inputs)
     positive = _pytree.tree_map(lambda leaf: leaf.abs() if _drawable(leaf) else leaf, drawn)
     return next((inputs for inputs in (drawn, positive) if _takes(model, inputs, forward_fn)), example_inputs)
+
+
+def _with_two_tokens(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
+    leaves, spec = _pytree.tree_flatten(example_inputs)
+    several = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.numel() > 1]
+    if not all(_counts(leaves[k]) and leaves[k].min() == leaves[k].max() for k in several):
+        return example_inputs
+    generator = torch.Generator().manual_seed(0)
+    ones = [k for k in several if leaves[k].all() and leaves[k].max() == 1]  # a mask may be among them
+    for chosen in [*([k] for k in several if k not in ones), ones]:
+        drawn = list(leaves)
+        for k in chosen:
+            # What it was and the number below, of zeros that above: a larger index might not exist.
+            steps = (torch.randperm(drawn[k].numel(), generator=generator) % 2).view(drawn[k].shape).to(drawn[k])
+            drawn[k] = drawn[k] - steps if drawn[k].any() else steps
+        inputs = _pytree.tree_unflatten(drawn, spec)
+        if _takes(model, inputs, forward_fn):
+            return inputs
+    return example_inputs
 
 
 @torch.no_grad()

@@ -26,7 +26,12 @@ MOST_PAIRS = 3
 
 _UNPREDICTED = "its share of the MACs cannot be predicted"
 _UNSEEN = (
-    "changes no output on example_inputs: pass others (masks of ones), or a forward_fn that returns what it changes"
+    "changes no output on example_inputs: pass others (masks of ones), a model whose factors are not zero, or a "
+    "forward_fn that returns what it changes"
+)
+_STEEP = (
+    "would get gradients that are not finite once channels of it are zero: a root has no slope there, "
+    "torch.linalg.vector_norm one of zero"
 )
 
 
@@ -205,16 +210,55 @@ class Trial:
             torch.rand(1), torch.rand(1, device=self.device)
             return difference(self._in_training(self.model), self.training) > self.tolerance
 
-    def _blind(self, groups: Groups) -> bool:
-        """Whether nothing that the model returns changes when all gates are closed: any cut would pass."""
-        restore = zero_producers(self.model, groups, torch.zeros(groups.num_gates, dtype=torch.bool))
+    def _seen(self, groups: Groups, layers: Sequence[LayerGroup]) -> bool:
+        """Whether anything that the model returns changes when all gates of `layers` close: else any cut passes."""
+        mask = torch.ones(groups.num_gates, dtype=torch.bool)
+        for layer in layers:
+            mask[layer.gates] = False
+        restore = zero_producers(self.model, groups, mask)
         try:
             with forked_rng(self.device):
                 closed, _ = counted(self.model, self.inputs, self.forward_fn)
             seen = difference(closed, self.outputs) > 0
-            return not (seen or (self.trains and difference(self._in_training(self.model), self.training) > 0))
+            return seen or (self.trains and difference(self._in_training(self.model), self.training) > 0)
         finally:
             restore()
+
+    def _gradients(self, groups: Groups) -> Tensor:
+        """Sums of absolute gradients over what produces each gate (gates,), of the outputs, weighed at random.
+
+        Zeros if the model has no backward.
+        """
+        producers, generator = groups.producers, torch.Generator().manual_seed(0)
+        parameters = [self.model.get_parameter(name) for name in producers.names]
+        try:
+            with forked_rng(self.device), torch.enable_grad():
+                outputs = [t for t in tensors_in(self.forward_fn(self.model, self.inputs)) if t.requires_grad]
+                weights = [torch.rand(t.shape, generator=generator).to(t) for t in outputs]
+                gradients = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
+        except Exception:  # whatever the model raises
+            return torch.zeros(groups.num_gates)
+        return producers.sum([gradient.abs() for gradient in gradients], groups.num_gates)
+
+    def _unseen(self, groups: Groups, gradients: Tensor) -> dict[tuple[str, int], str]:
+        """Keys of layer groups that change nothing by themselves, nor have any of the `gradients` (see _gradients)."""
+        silent = [layer for layer in groups.layers if not gradients[layer.gates].any()]
+        return {layer.key: _UNSEEN for layer in silent if not self._seen(groups, [layer])}
+
+    def _steep(self, groups: Groups, gradients: Tensor) -> dict[tuple[str, int], str]:
+        """Keys of layer groups that make `gradients` (see _gradients), which are finite, anything else by closing."""
+
+        def finite(layers: Sequence[LayerGroup]) -> bool:
+            restore = zero_producers(self.model, groups, _least(groups, layers, self.min_width))
+            try:
+                return bool(self._gradients(groups).isfinite().all())
+            finally:
+                restore()
+
+        if not gradients.isfinite().all() or finite(groups.layers):
+            return {}
+        alone = [layer for layer in groups.layers if not finite([layer])]
+        return {layer.key: _STEEP for layer in alone or groups.layers}
 
     def _cut(self, groups: Groups, mask: Tensor) -> tuple[nn.Module, Any, dict[str, int]]:
         """A copy without the gates that `mask` (gates,) bool closes, its outputs and its MACs."""
@@ -243,13 +287,14 @@ class Trial:
         """Keys of layer groups that fail, with the reason; none only if all groups pass together."""
         # Bundles first: where some fail, heads of an attention say, most others pass together.
         layers = sorted(groups.layers, key=lambda layer: not _bundles(layer))
-        if groups.layers and self._blind(groups):
-            return {layer.key: _UNSEEN for layer in groups.layers}
+        if not self._seen(groups, layers):
+            return {layer.key: _UNSEEN for layer in layers}
         for trial in range(2 * self.pairs + 1):
             failed = self._culprits(groups, layers, trial)
             if failed:
                 return failed
-        return {}
+        gradients = self._gradients(groups)
+        return self._unseen(groups, gradients) or self._steep(groups, gradients)
 
     def _culprits(self, groups: Groups, chosen: Sequence[LayerGroup], trial: int) -> dict[tuple[str, int], str]:
         """Which of the `chosen` groups fail: found by halving, all of them if they fail together alone."""

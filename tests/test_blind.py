@@ -111,6 +111,29 @@ def test_example_inputs_that_show_nothing_of_the_network_are_told_so():
         pruned(Pooled(), (ids, torch.zeros_like(ids)), target_flops=0.6, total_steps=1000)
 
 
+class Attends(nn.Module):
+    """Attention whose scale is that of its heads as they are: not exact, but among equal tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.q, self.k, self.v = nn.Embedding(9, 32), *(nn.Linear(32, 32) for _ in range(3))
+        self.a, self.c = nn.Linear(32, 24), nn.Linear(24, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.e(ids)
+        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v, mask[:, None, None].bool()).transpose(1, 2).flatten(2)
+        return self.c(F.relu(self.a(h))).mean(1)
+
+
+@pytest.mark.parametrize("value", [0, 1, 8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_equal_tokens_hide_nothing(value, dtype):
+    ids = torch.full((1, 7), value, dtype=torch.long)
+    found = pruned(Attends(), {"mask": torch.ones(1, 7, dtype=dtype), "ids": ids})
+    assert found["a"] == "pruned" and all("would change the output by" in found[layer] for layer in "qk")
+
+
 class FadedIn(Normed):
     def __init__(self):
         super().__init__()
@@ -124,6 +147,63 @@ class FadedIn(Normed):
 def test_a_branch_that_is_faded_in_by_a_buffer_is_seen():
     found = pruned(FadedIn(), torch.randn(4, 6))
     assert found["a"] == "pruned" and "would change the output by" in found["b"]
+
+
+class Switched(Normed):
+    """A branch of `b` that a plain number switches on, as growing and warm-ups do, beside one that is on."""
+
+    def __init__(self, factor: float = 0.0):
+        super().__init__()
+        self.d, self.factor = nn.Linear(24, 5), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        return self.d(h) + self.factor * self.c(torch.sigmoid(self.b(h)))
+
+
+class WithoutBackward(Switched):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.training):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("model", [Switched, WithoutBackward])
+def test_a_branch_without_any_effect_proves_nothing(model):
+    found = pruned(model(), torch.randn(4, 6))
+    assert found["a"] == "pruned" and "changes no output on example_inputs" in found["b"]
+    assert "would change the output by" in pruned(model(1.0), torch.randn(4, 6))["b"]
+
+
+class Statistics(nn.Module):
+    """Means and deviations over a sequence, which are zero where a channel is."""
+
+    def __init__(self, deviation):
+        super().__init__()
+        self.a, self.b, self.c, self.deviation = nn.Conv1d(6, 24, 3), nn.Conv1d(24, 16, 3), nn.Linear(32, 5), deviation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(F.relu(self.a(x)))
+        return self.c(torch.cat([h.mean(2), self.deviation(h - h.mean(2, keepdim=True))], 1))
+
+
+@pytest.mark.parametrize(
+    ("deviation", "steep"),
+    [(lambda h: h.square().sum(2).sqrt(), True), (lambda h: torch.linalg.vector_norm(h, dim=2), False)],
+    ids=["root", "norm"],
+)
+def test_slopes_that_are_not_finite_at_zero_leave_a_layer_alone(deviation, steep):
+    torch.manual_seed(0)
+    model = Statistics(deviation)
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = ATO(base, model, torch.randn(1, 6, 20), target_flops=0.6, total_steps=20, phases=SHORT)
+    reasons = {layer: reason for layers, reason in optimizer.report().left_out for layer in layers}
+    assert set(reasons) == ({"b", "c"} if steep else {"c"})
+    assert not steep or "not finite once channels of it are zero" in reasons["b"]
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6, 20)).square().mean().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in optimizer.compress().parameters())
 
 
 class Logarithm(Normed):
