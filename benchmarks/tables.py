@@ -112,6 +112,7 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     longer["ato"], early = load("cut50-epochs"), budgets(load("cut09-resnet20-"))["0.45"]["ato"]
     tried = {
         "narrow in its blocks": load("uniform-epochs64-"),
+        "ato, cut at 0.7": load("cut70-epochs64-"),
         "ato, cut at 0.3": load("cut30-epochs64-"),
         "ato, cut at 0.09": early + load("cut09-epochs32-") + load("cut09-epochs64-"),
         "ato, beta=0": load("beta0-cut50-epochs64-"),
@@ -179,7 +180,11 @@ def settings_tables(ato: Runs, ato_30: Runs) -> dict[str, str]:
         tables[place] = variants(setting, {**by_value(changed), default: pruned}, default)
         tables[f"{place} whole"] = variants(setting, {**by_value(whole), default: ato}, default)
         tables[f"{place} commands"] = commands(changed + whole)
-    for place, made in ("ablation", load("before-")), ("ablation pruned", load("pruned-")):
+    for place, made in (
+        ("ablation early", load("cut15-")),
+        ("ablation", load("before-")),
+        ("ablation pruned", load("pruned-")),
+    ):
         tables |= {place: variants("change", by_value(made), "default"), f"{place} commands": commands(made)}
     return tables
 
