@@ -56,7 +56,7 @@ def _drawable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided
 
 
-def _counts(tensor: Tensor) -> bool:
+def _of_integers(tensor: Tensor) -> bool:
     """Whether `tensor` is a dense one of integers."""
     dense = tensor.layout is torch.strided and tensor.dtype != torch.bool
     return dense and not tensor.is_floating_point() and not tensor.is_complex()
@@ -80,10 +80,10 @@ def telling_inputs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn)
     A model that makes NaN of what is drawn, or refuses it, gets positive values, or in the end what it was given. Where
     there are integers alone, all alike (tokens, between which an attention would not tell), they get two values.
     """
-    return _with_two_tokens(model, _with_floats(model, example_inputs, forward_fn), forward_fn)
+    return _with_two_integers(model, _with_floats_drawn(model, example_inputs, forward_fn), forward_fn)
 
 
-def _with_floats(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
+def _with_floats_drawn(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
     floats = [t for t in _pytree.tree_leaves(example_inputs) if _drawable(t)]
     if all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats):
         return example_inputs
@@ -92,10 +92,10 @@ def _with_floats(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -
     return next((inputs for inputs in (drawn, positive) if _takes(model, inputs, forward_fn)), example_inputs)
 
 
-def _with_two_tokens(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
+def _with_two_integers(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
     leaves, spec = _pytree.tree_flatten(example_inputs)
     several = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.numel() > 1]
-    if not all(_counts(leaves[k]) and leaves[k].min() == leaves[k].max() for k in several):
+    if not all(_of_integers(leaves[k]) and leaves[k].min() == leaves[k].max() for k in several):
         return example_inputs
     generator = torch.Generator().manual_seed(0)
     ones = [k for k in several if leaves[k].all() and leaves[k].max() == 1]  # a mask may be among them

@@ -5,7 +5,7 @@ Terms are those of docs/method.md; a zero-invariant group is Chen et al.'s (OTO,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,7 @@ class GateTable:
         parts = self.split(values)
         torch._foreach_mul_(parameters, [like(part, p) for part, p in zip(parts, parameters, strict=True)])
 
-    def sum(self, tensors: Sequence[Tensor], gates: int) -> Tensor:
+    def sum(self, tensors: Iterable[Tensor], gates: int) -> Tensor:
         """Sums of `tensors`, shaped like the parameters, over all entries of each gate: (gates,), at least float32."""
         rows = [
             whole(t if n == 1 else t.sum([d for d in range(n) if d != dim]))

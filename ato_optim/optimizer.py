@@ -286,9 +286,10 @@ class ATO(torch.optim.Optimizer):
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
             threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, squares) * shares
             factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
-        # What reads zeros only sends gradients back, large ones through a norm without a scale, which a clip counts.
+        gates = torch.where(self.mask, 1.0, factor)
+        # Columns that read zeros do nothing but send gradients back; norms without a scale make them large for a clip.
         for table in (producers, consumers) if zero else (producers,):
-            table.scale(table.parameters(self.model), torch.where(self.mask, 1.0, factor))
+            table.scale(table.parameters(self.model), gates)
 
     def _set_mask(self, mask: Tensor, step: int) -> None:
         self.mask = mask
