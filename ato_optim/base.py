@@ -29,7 +29,7 @@ def of_base(name: str) -> Any:
     """An attribute that is the base optimizer's own at any time: it assigns others when a state_dict is loaded."""
 
     def assigned(self: Any, value: Any) -> None:
-        if value:  # torch.optim.Optimizer.__init__ begins with empty ones
-            raise AttributeError(f"{name} is the base optimizer's: assign to optimizer.base.{name}")
+        if hasattr(self, "_hooks"):  # torch.optim.Optimizer.__init__ begins with empty ones
+            setattr(self.base, name, value)
 
     return property(lambda self: getattr(self.base, name), assigned)

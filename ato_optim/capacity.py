@@ -46,8 +46,8 @@ def capacity(shares: Tensor, channels: Tensor, chain: Tensor) -> Tensor:
         channels: of each layer group (layers,), without a mask.
         chain: (layers,) int64 below the number of layers.
     """
-    zeros = torch.zeros_like(shares)  # of as many chains as there are at most
-    length = zeros.index_add(0, chain, torch.ones_like(shares)).clamp_min(1)
-    mean = (zeros.index_add(0, chain, shares.log()) / length).exp()
-    weight = zeros.index_add(0, chain, channels.to(shares))
+    # A matrix, for index_add on an accelerator adds in any order, and each rank would get another sum.
+    member = chain == torch.arange(len(chain), device=chain.device)[:, None]  # (chains, layers)
+    mean = ((member * shares.log()).sum(1) / member.sum(1).clamp_min(1)).exp()
+    weight = (member * channels.to(shares)).sum(1)
     return (weight * mean).sum() / weight.sum()

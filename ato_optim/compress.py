@@ -15,6 +15,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from .default_device import on_cpu
 from .graph import grouped
 from .groups import Groups
 from .unwrap import skeleton
@@ -136,6 +137,7 @@ def _prune(model: nn.Module, groups: Groups, mask: Tensor) -> None:
             pruner.prune_in_channels(module, channels)
 
 
+@on_cpu
 def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
     """The cut that removes the gates that `mask` (gates,) bool closes. `model` is not touched.
 
@@ -240,9 +242,8 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     for name, values in cut.attributes.items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, value)
-    earlier = cut_of(model)
     # Plain data: a model that is pickled whole can be loaded where this package is not.
-    setattr(model, CUT, dict(vars(cut if earlier is None else compose(earlier, cut))))
+    setattr(model, CUT, dict(vars(cut_by(cut, model))))
     return replaced
 
 
@@ -250,6 +251,12 @@ def cut_of(model: nn.Module) -> Cut | None:
     """What was cut from the dense network that `model` once was; None if nothing."""
     cut = getattr(model, CUT, None)
     return None if cut is None else Cut(**cut)
+
+
+def cut_by(cut: Cut, model: nn.Module) -> Cut:
+    """What will have been cut from the dense network that `model` once was after `cut`, which fits `model`."""
+    earlier = cut_of(model)
+    return cut if earlier is None else compose(earlier, cut)
 
 
 def uncut(model: nn.Module) -> Cut:

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .default_device import on_cpu
+
 EMBEDDING, HIDDEN = 64, 128
 OFFSET = 3.0
 """Added to the logits, so that the controller starts with all gates open."""
@@ -30,6 +32,7 @@ class Controller(nn.Module):
         seed: of the initial weights. Global random states are not touched.
     """
 
+    @on_cpu
     def __init__(self, layer_of_gate: Tensor, seed: int):
         super().__init__()
         num_layers = int(layer_of_gate.max()) + 1
@@ -60,9 +63,11 @@ class Controller(nn.Module):
         with torch.autocast(self.head.device.type, enabled=False):
             states, _ = self.gru(self.embedding)
             states = self.norm(states).relu()
-            return (states[self.layer_of_gate] * self.head).sum(1) + OFFSET
+            # The gradient of an index is summed in any order if there are several threads, that of an embedding is not.
+            return (nn.functional.embedding(self.layer_of_gate, states) * self.head).sum(1) + OFFSET
 
 
+@on_cpu
 def gumbel_noise(num_gates: int, seed: int, step: int) -> Tensor:
     """Gumbel noise (gates,) that depends on the seed and the step alone: the same on every rank and after a resume."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)

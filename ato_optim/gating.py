@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .groups import GateTable
 from .sharding import cloned, is_sharded, like, local, reshard
-from .unwrap import tensors_in
+from .unwrap import tensors_in, wrappers
 
 
 class Masking:
@@ -29,7 +29,7 @@ class Masking:
         self.model, self.table, self.gates = model, table, gates
         self._masked: list[nn.Parameter] = []
         self._weights: list[Tensor] | None = None
-        self._assigned: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+        self._assigned: list[tuple[str, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -46,7 +46,8 @@ class Masking:
         # Put back into the same parameters: within a forward fully_shard shows others under their names.
         self._masked = [self.model.get_parameter(name) for name in self.table.names]
         self._weights = [local(p.data).clone() for p in self._masked]
-        self._assigned = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
+        modules = self.model.named_modules(remove_duplicate=False)
+        self._assigned = [(name, module._buffers, dict(module._buffers)) for name, module in modules]
         self._buffers = [(buffer, buffer.data.clone()) for buffer in self.model.buffers() if not _expanded(buffer)]
         self.table.scale(self.table.parameters(self.model), self.gates)
         # autocast keeps low-precision copies of weights, which are stale now.
@@ -59,12 +60,29 @@ class Masking:
             return
         # Looked up again: a forward may have assigned other data to a parameter.
         torch._foreach_copy_([local(p.data) for p in self._masked], self._weights)
-        for buffers, same in self._assigned:  # a forward may have assigned others, which its graph or caller holds
+        for _, buffers, same in self._assigned:  # a forward may have assigned others, which its graph or caller holds
             buffers.update(same)
         for buffer, before in self._buffers:
             buffer.data.copy_(before)
         self._masked, self._weights, self._assigned, self._buffers = [], None, [], []
         torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def unmasked(self) -> dict[str, Tensor]:
+        """What masked parameters and all buffers hold without the mask, by all their names; {} where it is not on."""
+        if self._weights is None:
+            return {}
+        kept: dict[int, Tensor] = {}
+        for parameter, weight in zip(self._masked, self._weights, strict=True):
+            kept[id(parameter)] = full = parameter.detach().clone()
+            local(full).copy_(weight)
+        named = self.model.named_parameters(remove_duplicate=False)
+        found = {name: kept[id(parameter)] for name, parameter in named if id(parameter) in kept}
+        before = {id(buffer): value for buffer, value in self._buffers}
+        for module, _, same in self._assigned:
+            names = (f"{module}.{name}" if module else name for name in same)
+            found |= {name: before.get(id(b), b) for name, b in zip(names, same.values(), strict=True) if b is not None}
+        return found
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -133,7 +151,9 @@ class TurnHooks:
     They ask `request` for the masking before each forward in training mode with gradients enabled; None means
     an ordinary one. Nothing else sees masked weights: weights and buffers are put back after the forward,
     masked again when the backward reaches the model's outputs, and put back when it ends, in an exception or
-    not. Copies of the model, by deepcopy or pickle, carry hooks that do nothing.
+    not. An interrupt may leave them masked: then the next forward puts them back, and state_dict() gives what they
+    are without the mask at any time. Copies of the model, by deepcopy or pickle, carry hooks that do nothing. The
+    hooks go when the owner of `request` does.
 
     Args:
         model: the bare module.
@@ -142,24 +162,33 @@ class TurnHooks:
     """
 
     def __init__(self, model: nn.Module, called: nn.Module, request: Callable[[], Masking | None]):
-        self._request: weakref.WeakMethod[Any] | None = weakref.WeakMethod(request)
-        self._masking: Masking | None = None
+        self._called = weakref.ref(called)
+        self._request: weakref.WeakMethod[Any] | None = weakref.WeakMethod(request, lambda _: self.remove())
+        self._masking: Masking | None = None  # what is masked, or may be
+        self._running: Masking | None = None  # of the forward that runs
         self._recomputing = self._ran_masked = False
         self._sharded = is_sharded(model)
         # Before fully_shard's own, which gather the parameters, in the forward and again in the backward.
-        self._handles = [
-            called.register_forward_pre_hook(self.before, prepend=True),
-            called.register_forward_hook(self.after, always_call=True, prepend=True),
-            model.register_state_dict_pre_hook(self._recover),
-        ]
+        called.register_forward_pre_hook(self.before, prepend=True)
+        called.register_forward_hook(self.after, always_call=True, prepend=True)
+        model._register_state_dict_hook(self._show_unmasked)
+        model.register_load_state_dict_pre_hook(self._recover)
         if self._sharded:
-            self._handles.append(called.register_forward_hook(self._forget_gathered))
+            called.register_forward_hook(self._forget_gathered)
+
+    def _put_back(self, masking: Masking) -> None:
+        masking.undo()
+        self._masking = None
 
     def _recover(self, *_: Any) -> None:
-        """Undo what a forward left masked that ended in a KeyboardInterrupt, for which no forward hook is called."""
+        """Undo what an interrupt has left masked: for a KeyboardInterrupt no forward hook is called."""
         if self._masking is not None and torch._C._current_graph_task_id() == -1:
-            self._masking.undo()
-            self._masking = None
+            self._put_back(self._masking)
+
+    def _show_unmasked(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """State-dict hook: a signal's handler may save in the middle of a forward or a backward, or after its end."""
+        found = self._masking.unmasked() if self._masking is not None else {}
+        state.update({prefix + name: tensor for name, tensor in found.items() if prefix + name in state})
 
     def _forget_gathered(self, module: nn.Module, *_: Any) -> None:
         """Let go of masked parameters that fully_shard has gathered and would keep for the backward."""
@@ -168,13 +197,16 @@ class TurnHooks:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        self._recover()
+        called = self._called()
+        if called is not None:
+            forget_turns(called)
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook: mask the model if `request` says so."""
         self._recover()
+        self._running = None
         request = self._request() if self._request is not None else None
         if request is None or not module.training or not torch.is_grad_enabled():
             return
@@ -187,24 +219,27 @@ class TurnHooks:
         if masking is not None:
             # It is on already when a checkpointed forward is recomputed in the backward.
             self._recomputing = masking.on
+            self._masking = self._running = masking
             masking.apply()
-        self._masking = masking
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: put the weights back, and have them masked again for the backward."""
-        masking, self._masking = self._masking, None
+        masking, self._running = self._running, None
         self._ran_masked = masking is not None and not self._recomputing
         if masking is None or self._recomputing:
             return output
-        masking.undo()
+        self._put_back(masking)
         if self._sharded:
             output = cloned(output)
 
         @torch.compiler.disable
         def backward_begins(_: Any) -> None:
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(_interrupted)
+            engine.queue_callback(_AtTheEnd(lambda: self._put_back(masking)))
+            self._masking = masking
             masking.apply()
-            torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(masking.undo))
 
         found = list(tensors_in(output))
         for tensor in found:
@@ -227,6 +262,11 @@ class TurnHooks:
         return _inert, ()
 
 
+@torch.compiler.disable
+def _interrupted() -> None:
+    """Where Python raises a KeyboardInterrupt that came during the backward: not in what puts the weights back."""
+
+
 class _AtTheEnd:
     """A callback of autograd's engine that also runs when the backward ends in an exception and drops it uncalled."""
 
@@ -242,6 +282,19 @@ class _AtTheEnd:
 
 def _inert() -> TurnHooks:
     hooks = object.__new__(TurnHooks)
-    hooks._request, hooks._masking, hooks._handles = None, None, []
+    hooks._request = hooks._masking = hooks._running = None
     hooks._recomputing = hooks._ran_masked = hooks._sharded = False
     return hooks
+
+
+def forget_turns(model: nn.Module) -> None:
+    """Take the hooks of all TurnHooks off `model` and what it wraps, also those that it carries as a copy."""
+    for module in wrappers(model):
+        tables = [table for name, table in vars(module).items() if "_hooks" in name and isinstance(table, dict)]
+        for key in {key for table in tables for key, hook in table.items() if _is_turn(hook)}:
+            for table in tables:  # what torch knows of a hook besides goes under its key, too
+                table.pop(key, None)
+
+
+def _is_turn(hook: Any) -> bool:
+    return isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), TurnHooks)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,15 @@ class GateTable:
             for t, dim, n in zip(tensors, self.dims, self.ndims, strict=True)
         ]
         values = torch.cat([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
-        return values.new_zeros(gates + 1).index_add_(0, self.gate, values)[:-1]
+        lengths = torch.bincount(self.gate, minlength=gates + 1)
+        # index_add on an accelerator adds in any order, and each rank would get another sum.
+        sums = nn.functional.embedding_bag(self._order, values[:, None], lengths.cumsum(0) - lengths, mode="sum")
+        return sums[:gates, 0]
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """All positions, gate by gate."""
+        return self.gate.argsort(stable=True)
 
     @torch.no_grad()
     def largest_closed(self, model: nn.Module, mask: Tensor) -> float:

@@ -13,8 +13,9 @@ from . import checks, resume
 from .base import of_base, option
 from .budget import least_mask, minimum_widths
 from .carry import apply_cut_in_training, warn_of_obstacle
-from .compress import Cut, apply_cut, cut_of, derive_cut
-from .gating import Masking, TurnHooks, gate_gradient, known_once, masked_closure
+from .compress import Cut, apply_cut, cut_by, cut_of, derive_cut
+from .default_device import as_now
+from .gating import Masking, TurnHooks, forget_turns, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
 from .plan import make_plan
 from .projection import Projection, halfspace, masked_shares, mean_rate, timed
@@ -111,7 +112,9 @@ class ATO(torch.optim.Optimizer):
         checks.rates(base_optimizer, projection if self.target_flops < 1 else "timed")
         trained = {p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad}
         ignored = checks.modules(root, ignored_layers)
-        self.plan = plan = make_plan(root, example_inputs, forward_fn or call, ignored, trained, float(min_width))
+        self.plan = plan = make_plan(
+            root, example_inputs, as_now(forward_fn or call), ignored, trained, float(min_width)
+        )
         self.least = minimum_widths(plan.sizes, min_width, plan.lots(self.round_to))
         self.least_flops = plan.share(least_mask(plan.layer_of_gate, self.least))
         """The least budget that the model can reach with min_width and round_to."""
@@ -275,7 +278,7 @@ class ATO(torch.optim.Optimizer):
         left, zero = self.schedule.steps_left(step), step >= self.schedule.zero
         producers, consumers = self.plan.groups.producers, self.plan.groups.consumers
         if self.projection == "timed" or zero:
-            factor = torch.tensor(timed(left), dtype=torch.float32)
+            factor = torch.tensor(timed(left), dtype=torch.float32, device="cpu")
         else:
             sizes = torch._foreach_abs(producers.parameters(self.model))
             of_entries = torch._foreach_mul(sizes, sizes)
@@ -329,10 +332,13 @@ class ATO(torch.optim.Optimizer):
             left = self.plan.groups.producers.largest_closed(self.model, self.mask) if own else 0.0
             checks.zeroed(self.step_count, self.schedule, left)
         cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask)
-        done = self.cut is not None and cut_of(target) == cut_of(self.model)
+        cut_before = self.cut is not None
+        done = cut_before if own else cut_of(target) == (cut_of(self.model) if cut_before else cut_by(cut, self.model))
         target = target if inplace else copy_model(target)
         if not done:
             self._apply(cut) if target is self.model else apply_cut(cut, target)
+        if target is not self.model:
+            forget_turns(target)
         if target is not self.model or self.step_count >= self.total_steps:  # nothing that is watched for can come
             unwatch_wrapper(self._called if target is self.model else target)
         return target

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .budget import least_mask, minimum_widths
 from .conditions import forked_rng, other_counts
 from .cost import CostModel, build_cost, counted
+from .default_device import on_cpu
 from .discovery import Discovery
 from .graph import ForwardFn
 from .groups import Groups
@@ -78,7 +79,7 @@ class Plan:
         the dense MACs when all other layer groups are at `min_width`.
         """
         lots = self.lots(round_to)
-        for width in torch.linspace(1, min_width, 101, dtype=torch.float64).tolist():
+        for width in torch.linspace(1, min_width, 101, dtype=torch.float64, device="cpu").tolist():
             least = minimum_widths(self.sizes, min_width + (width - min_width) * self.summed.double(), lots)
             if self.share(least_mask(self.layer_of_gate, least)) <= limit:
                 break
@@ -105,6 +106,7 @@ class Plan:
 
 
 @one_at_a_time
+@on_cpu
 def make_plan(
     model: nn.Module,
     example_inputs: Any,
@@ -175,7 +177,7 @@ def _layer_counts(model: nn.Module, copied: nn.Module, example_inputs: Any, forw
         warnings.warn(
             f"model ({type(model).__name__}) gives its layer '{uneven[0]}' more to do for some inputs than for others: "
             "MACs, and the budget, are those of a forward on example_inputs with the weights of now",
-            stacklevel=5,
+            stacklevel=6,
         )
     return counts
 

@@ -1,6 +1,9 @@
 """Controller turns: what is read is right, what must not be touched or seen is not."""
 
 import copy
+import ctypes
+import functools
+import signal
 from dataclasses import dataclass
 
 import pytest
@@ -278,22 +281,63 @@ def test_an_exception_in_the_backward_leaves_no_masked_weights_behind():
 
 
 def test_ctrl_c_in_a_masked_forward_leaves_no_masked_weights_behind():
-    """Forward hooks are not called for a KeyboardInterrupt, after which people save a checkpoint."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
+    """Forward hooks are not called for a KeyboardInterrupt, after which people save a checkpoint, or load one."""
     model, optimizer = at_a_turn()
-    before = snapshot(model)
+    before, other = snapshot(model), Residual().state_dict()
     x, y = next(iter(batches(1)))
-    handle = model.fc.register_forward_hook(interrupt)
-    for recovers in (model.state_dict, lambda: model.eval()(x)):
+    for load in (False, True):
+        handle = model.fc.register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             model.train()(x)
         handle.remove()
-        recovers()
-        assert all(torch.equal(t, before[name]) for name, t in {**dict(model.named_parameters())}.items())
-        handle = model.fc.register_forward_hook(interrupt)
+        assert same(before, model.state_dict())
+        assert same({f"0.{name}": value for name, value in before.items()}, nn.Sequential(model).state_dict())
+        if load:
+            model.load_state_dict(other)
+        model.eval()(x)
+        assert same(dict(model.named_parameters()), other if load else before)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_signal_in_the_backward_leaves_no_masked_weights_behind():
+    """While C++ runs it is but noted, and raised where Python runs next: in what is to put the weights back."""
+    engine = torch.autograd.Variable._execution_engine
+    note = functools.partial(getattr(ctypes.CDLL(None), "raise"), signal.SIGINT)  # no line of Python
+    model, optimizer = at_a_turn()
+    before = snapshot(model)
+    x, y = next(iter(batches(1)))
+    loss = F.cross_entropy(model(x), y)
+    loss.register_hook(lambda _: engine.queue_callback(note))
+    with pytest.raises(KeyboardInterrupt) as interrupted:  # whose traceback holds all frames
+        loss.backward()
+    assert interrupted.tb is not None and same(dict(model.named_parameters()), before)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_signals_handler_that_saves_meets_the_real_weights_and_changes_nothing(where):
+    """Schedulers of clusters announce the end by a signal, in the middle of whatever runs; the run goes on."""
+    saved, ends = [], []
+    for handled in (False, True):
+        torch.manual_seed(0)
+        model, optimizer = at_a_turn()
+        before = snapshot(model)
+        x, y = next(iter(batches(1)))
+
+        def save(*_, model=model, handled=handled):
+            if handled:
+                saved.append(snapshot(model))
+
+        layer = model.wider[0]
+        handle = layer.register_forward_hook(save) if where == "forward" else layer.register_full_backward_hook(save)
+        F.cross_entropy(model(x), y).backward()
+        handle.remove()
+        assert all(same(before, state) for state in saved)
+        optimizer.step()
+        ends.append({**snapshot(model), "controller": optimizer.search.controller.head.detach()})
+    assert len(saved) == 1 and same(*ends)
 
 
 @dataclass

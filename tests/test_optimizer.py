@@ -1,5 +1,6 @@
 """ATO as an optimizer: equal to its base where it must be, committed in time, cut without loss."""
 
+import collections
 import copy
 import io
 
@@ -213,9 +214,10 @@ def test_compress_of_a_copy_leaves_training_alone():
         k: v.shape for k, v in small_average.state_dict().items()
     }
     train(model, optimizer, 2)
+    optimizer.compress(model=averaged)  # a second call changes nothing, before and after the model's own
     optimizer.compress()
     assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert optimizer.compress() is model
+    assert optimizer.compress() is model and optimizer.compress(model=averaged) is small_average
     train(model, optimizer, 2)
 
 
@@ -360,8 +362,9 @@ def test_groups_and_state_are_the_bases_own_also_after_it_has_loaded_others():
     before = copy.deepcopy(model.state_dict())
     train(model, optimizer, 1)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    with pytest.raises(AttributeError, match=r"param_groups is the base optimizer's: assign to optimizer\.base"):
-        optimizer.param_groups = [{"params": [], "lr": 0.1}]
+    optimizer.state = state = collections.defaultdict(dict)  # momenta are forgotten like this
+    optimizer.param_groups = optimizer.param_groups[:]
+    assert optimizer.base.state is state and optimizer.param_groups is optimizer.base.param_groups
 
 
 class Preconditioned(torch.optim.SGD):

@@ -6,10 +6,12 @@ import os
 import pickle
 import threading
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
-from networks import SHORT, Flatten, Residual, example
+import torch.nn.functional as F
+from networks import SHORT, Flatten, Residual, batches, example
 from test_optimizer import make, train
 from torch_pruning.dependency import index_mapping, shape_infer
 
@@ -98,8 +100,49 @@ def test_a_controllers_weights_depend_on_its_seed_alone():
 
 def test_a_smaller_network_that_is_pickled_whole_needs_no_ato_optim():
     model, optimizer = make(Flatten)
+    average = torch.optim.swa_utils.AveragedModel(model)  # with the hooks that it has while the controller searches
     train(model, optimizer, 60)
-    assert b"ato_optim" not in pickle.dumps(optimizer.compress())
+    average.update_parameters(model)
+    for small in (optimizer.compress(model=average), optimizer.compress()):
+        assert b"ato_optim" not in pickle.dumps(small)
+        torch.export.export(small, (example(),), strict=True)
+
+
+def test_hooks_go_with_the_optimizer():
+    model, optimizer = make()
+    assert b"ato_optim" in pickle.dumps(model)
+    del optimizer
+    assert b"ato_optim" not in pickle.dumps(model)
+
+
+class Positions(Flatten):
+    """Makes a tensor in its forward without naming a device."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def forward(self, x):
+        self.seen.add(torch.arange(2).device.type)
+        return super().forward(x)
+
+
+def test_torchs_default_device_is_the_forwards_business_alone():
+    """In notebooks it is an accelerator, often; here one that holds no data, so that what is made there is an error."""
+    data, inputs, ends = list(batches(40)), example(), []
+    for default in ("cpu", "meta"):
+        torch.manual_seed(0)
+        Positions.seen.clear()
+        model = Positions()
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        with torch.device(default):
+            optimizer = ATO(base, model, inputs, target_flops=0.5, total_steps=40, phases=SHORT, projection="proximal")
+            for k, (x, y) in enumerate(data):
+                torch.manual_seed(k)  # dropout
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            ends.append(optimizer.compress().state_dict())
+        assert Positions.seen == {default}
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_gradients_of_parameters_that_are_replaced_are_let_go():

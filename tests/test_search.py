@@ -11,7 +11,8 @@ from networks import NETWORKS, SHORT, Residual, batches, example
 
 from ato_optim import ATO
 from ato_optim.budget import least_mask
-from ato_optim.controller import EVEN, binarise, controller_loss, gumbel_noise
+from ato_optim.controller import EVEN, Controller, binarise, controller_loss, gumbel_noise
+from ato_optim.groups import GateTable
 from ato_optim.schedule import MOST_LR, TRAVEL, Schedule
 
 
@@ -139,3 +140,23 @@ def test_without_room_for_streams_they_are_pruned_like_the_rest():
     optimizer = run(steps=60, streams=0)
     assert all(width.least <= math.ceil(0.1 * width.before) for width in optimizer.report().widths)
     assert optimizer.compress().stem[0].out_channels < 8
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradient_of_the_controller_and_sums_over_gates_have_one_order(threads):
+    """Or a resumed run is another one, and the masks of two ranks part. Layers that end between two threads' shares."""
+    layers = torch.arange(7).repeat_interleave(600)[:-1]
+    table = GateTable(["weight"], [0], [2], [90_000], torch.arange(90_000) % 7)
+    torch.set_num_threads(threads)
+    try:
+        controller, weight = Controller(layers, 0), torch.randn(90_000, 3)
+        drawn = torch.randn(len(layers))
+        found = []
+        for _ in range(20):
+            controller.zero_grad()
+            (controller() * drawn).sum().backward()
+            found.append([table.sum([weight], 7), *(p.grad.clone() for p in controller.parameters())])
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for each in found[1:] for one, other in zip(found[0], each, strict=True))
+    torch.testing.assert_close(found[0][0], torch.zeros(7).index_add(0, table.gate, weight.sum(1)), atol=1e-2, rtol=0)
