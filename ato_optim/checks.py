@@ -38,8 +38,8 @@ def base_and_model(base: Any, model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that is trained")
     root = unwrap(model)
-    tractable(root)
     sharding.check(root)
+    tractable(root)
     _parameters(base, root)
     return root
 

@@ -271,11 +271,13 @@ class _AtTheEnd:
     """A callback of autograd's engine that also runs when the backward ends in an exception and drops it uncalled."""
 
     def __init__(self, action: Callable[[], None]):
-        self._action = action
+        self._action: Callable[[], None] | None = action
 
     @torch.compiler.disable
     def __call__(self) -> None:
-        self._action()
+        action, self._action = self._action, None  # once: a forward may run masked when this is dropped
+        if action is not None:
+            action()
 
     __del__ = __call__
 

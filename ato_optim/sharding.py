@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree
 
@@ -23,6 +23,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 def check(model: nn.Module) -> None:
     """Raise ValueError unless the parameters of `model` are whole, or all split by fully_shard."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"model ({type(model).__name__}) is split over processes by FullyShardedDataParallel, which keeps its "
+            "parameters as one flat vector: use torch.distributed.fsdp.fully_shard"
+        )
     split = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
     if not split and not any(isinstance(module, FSDPModule) for module in model.modules()):
         return

@@ -108,7 +108,10 @@ def equal_cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
 
 def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     """What the methods come to in runs of several lengths; `at_45` are the runs of 16 epochs by method."""
-    longer = {method: [run for n in LENGTHS for run in load(f"epochs{n}-resnet20-{method}-")] for method in at_45}
+    longer = {
+        method: [run for epochs in (32, 64, 128) for run in load(f"epochs{epochs}-resnet20-{method}-")]
+        for method in at_45
+    }
     longer["ato"], early = load("cut50-epochs"), budgets(load("cut09-resnet20-"))["0.45"]["ato"]
     tried = {
         "narrow in its blocks": load("uniform-epochs64-"),

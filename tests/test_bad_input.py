@@ -11,6 +11,7 @@ import torch
 from networks import SHORT, Residual, example
 from test_optimizer import make, train
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ato_optim import ATO
 
@@ -278,6 +279,18 @@ def test_models_that_cannot_be_followed_are_refused_by_module(model, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ATO(base, model, torch.randn(2, 3, 16, 16), target_flops=0.5, total_steps=10)
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_fully_sharded_data_parallel_is_named():
+    """It is built on an accelerator alone: here its shell."""
+    inner = Residual()
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    model._fsdp_wrapped_module = inner
+    with pytest.raises(
+        ValueError, match=r"by FullyShardedDataParallel, which.*use torch\.distributed\.fsdp\.fully_shard"
+    ):
+        build(model, torch.optim.SGD(inner.parameters(), lr=0.1))
 
 
 def test_walks_of_the_graph_are_limited(monkeypatch):
