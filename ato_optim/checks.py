@@ -199,7 +199,7 @@ def reached(plan: Plan, model: nn.Module, trained: Collection[Any]) -> None:
         warnings.warn(
             f"example_inputs do not reach layers that are trained: {', '.join(unreached)}. If these read channels that "
             "are pruned they will not fit after compress(): pass a forward_fn that runs all of the model, or name what "
-            "they read in ignored_layers",
+            "they read in ignored_layers; if they run in training mode alone, pass a batch that this takes, of two say",
             stacklevel=3,
         )
 
@@ -264,6 +264,15 @@ def rates(base: torch.optim.Optimizer, projection: str) -> None:
             )
 
 
+def moved(model: nn.Module, device: torch.device) -> None:
+    """The model is on the device on which ATO was built."""
+    now = next(model.parameters()).device
+    if now != device:
+        raise ValueError(
+            f"model was moved after ATO was built, from {device}, where its masks are, to {now}: move it before"
+        )
+
+
 def zeroed(step: int, schedule: Schedule, left: float) -> None:
     """Masked channels are due to be zero at `step`, and are: of the largest of them, `left` is left."""
     if step < schedule.zero:
@@ -278,7 +287,8 @@ def zeroed(step: int, schedule: Schedule, left: float) -> None:
         raise ValueError(
             "model holds masked channels that are not zero: its weights were loaded or changed since the last step(). "
             f"Load those of the same time as the optimizer's: weights from before step {schedule.zero} hold channels "
-            "that were to go. What moves weights after step(), Lookahead around ATO say, belongs inside, as its base"
+            "that were to go. What moves weights after step(), Lookahead around ATO say, belongs inside, as its base; "
+            "an average that was put into the model is cut by compress(model=copy.deepcopy(model))"
         )
 
 

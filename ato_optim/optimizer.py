@@ -36,7 +36,7 @@ class ATO(torch.optim.Optimizer):
             `param_groups` and `state` are shared with it.
         model: the network, bare or wrapped (DistributedDataParallel, torch.compile).
         example_inputs: inputs of one forward: a tensor, a tuple or list of arguments, a dict of keyword
-            arguments. Their values do not matter, their shapes set the MACs.
+            arguments. Their values hardly matter, their shapes set the MACs.
         target_flops: share of the dense network's MACs that is kept, in (0, 1]; 1 prunes nothing.
         total_steps: length of the run in calls of step(). Longer runs go on with the committed network.
         ignored_layers: modules, or their names, whose output channels all stay.
@@ -134,6 +134,7 @@ class ATO(torch.optim.Optimizer):
         self._own = (*vars(self), "_own")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._called = uncompiled_call(model)
+        resume.agreed(self, model)
         self._attach()
 
     # --- a torch.optim.Optimizer ---------------------------------------------------------------------------
@@ -158,6 +159,7 @@ class ATO(torch.optim.Optimizer):
         On a controller turn the controller learns first, and the base optimizer trains the masked network: what
         the mask closes gets no gradient, and buffers stay what they were.
         """
+        checks.moved(self.model, self.plan.device)
         known = closure is not None and self._turn_due
         with torch.enable_grad():
             first = closure() if closure is not None and known else None

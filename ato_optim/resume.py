@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from .unwrap import process_groups
+
 if TYPE_CHECKING:
     from .optimizer import ATO
 
@@ -29,6 +34,25 @@ def settings(ato: ATO) -> dict[str, Any]:
         "epsilon": float(ato.epsilon),
         **({} if ato.search is None else ato.search.settings),
     }
+
+
+def agreed(ato: ATO, model: nn.Module) -> None:
+    """The processes that train `model` together, as far as its wrappers say which, have built ATO alike.
+
+    A collective call. Raises ValueError, on all of them, naming the first setting that differs.
+    """
+    mine = settings(ato)
+    for group in process_groups(model):
+        found: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(found, mine, group=group)
+        for name in mine:
+            values = [str(theirs.get(name)) for theirs in found]
+            if len(set(values)) > 1:
+                shown = " and ".join(value[:60] for value in dict.fromkeys(values))
+                raise ValueError(
+                    f"processes that train one model have built other ATOs, with {name}={shown}: build them alike on "
+                    "all ranks, with example_inputs of the same shapes"
+                )
 
 
 def pack(ato: ATO) -> dict[str, Any]:

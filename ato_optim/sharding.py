@@ -40,6 +40,12 @@ def check(model: nn.Module) -> None:
         )
 
 
+def mesh_groups(model: nn.Module) -> list[Any]:
+    """The groups of processes that hold the shards of `model`, one a dimension of their mesh."""
+    meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    return [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """`tensor` itself, or what its shards on all ranks make up: a collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

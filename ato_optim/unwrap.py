@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree
 
-from .sharding import is_sharded, unsharded
+from .sharding import is_sharded, mesh_groups, unsharded
 from .threads import one_at_a_time
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +30,12 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
             model = model._orig_mod
         else:
             return
+
+
+def process_groups(model: nn.Module) -> list[Any]:
+    """The groups of processes that train `model` together, as far as its wrappers and shards say."""
+    wrapped = [wrapper.process_group for wrapper in wrappers(model) if isinstance(wrapper, DistributedDataParallel)]
+    return wrapped + mesh_groups(model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

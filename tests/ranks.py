@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from networks import SHORT, Flatten, Residual, batches, example
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
@@ -206,7 +206,19 @@ def half_sharded(rank, world):
     return {}
 
 
+def built_otherwise(rank, world):
+    """Ranks whose example inputs differ, as the first batches of their loaders may, are refused on all of them."""
+    x = example(1 + rank).double()
+    for model, called in ((plain(), DistributedDataParallel), (sharded_model("parts"), lambda model: model)):
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        with pytest.raises(ValueError, match=r"with MACs of example_inputs=\d+ and \d+: build them alike on all ranks"):
+            ATO(base, called(model), x, target_flops=0.5, total_steps=STEPS, phases=SHORT)
+        assert not model._forward_hooks or isinstance(model, FSDPModule)
+    return {}
+
+
 RUNS = {
+    "otherwise": (built_otherwise,),
     **{how: (data_parallel, how) for how in ("bare", "wrapper", "compiled", "compiled shards")},
     "cut": (cut_data_parallel,),
     "timed": (sharded, "timed", "parts"),

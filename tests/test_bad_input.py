@@ -281,6 +281,27 @@ def test_models_that_cannot_be_followed_are_refused_by_module(model, message):
     assert not model._forward_pre_hooks and not model._forward_hooks
 
 
+def test_a_model_that_was_moved_after_is_refused_in_the_first_step():
+    model, optimizer = make()
+    model.to("meta")
+    with pytest.raises(ValueError, match="model was moved after ATO was built, from cpu.*to meta: move it before"):
+        optimizer.step()
+
+
+def test_an_average_in_the_model_is_cut_as_another_instance():
+    """Closed channels have decayed in it, and are not zero."""
+    model, optimizer = make()
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda mean, now, _: 0.9 * mean + 0.1 * now)
+    for _ in range(60):
+        train(model, optimizer, 1)
+        average.update_parameters(model)
+    model.load_state_dict(average.module.state_dict())
+    with pytest.raises(ValueError, match=r"an average.*is cut by compress\(model=copy\.deepcopy\(model\)\)"):
+        optimizer.compress()
+    small = optimizer.compress(model=copy.deepcopy(model))
+    assert [p.shape for p in small.parameters()] == [p.shape for p in optimizer.compress(average).parameters()]
+
+
 def test_fully_sharded_data_parallel_is_named():
     """It is built on an accelerator alone: here its shell."""
     inner = Residual()

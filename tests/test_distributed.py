@@ -25,7 +25,7 @@ def two(tmp_path_factory):
     return launch(
         2,
         tmp_path_factory.mktemp("two"),
-        ["wrapper", "compiled", "compiled shards", "cut", "timed", "halfspace", "half"],
+        ["wrapper", "compiled", "compiled shards", "cut", "timed", "halfspace", "half", "otherwise"],
     )
 
 
@@ -120,3 +120,7 @@ def test_fully_sharded_with_two_processes(two, projection):
 
 def test_what_is_refused_under_fully_shard(two):
     assert len(two["half"]) == 2  # the assertions ran on the ranks
+
+
+def test_ranks_that_have_built_other_atos_are_refused(two):
+    assert len(two["otherwise"]) == 2
