@@ -159,7 +159,8 @@ class ATO(torch.optim.Optimizer):
         On a controller turn the controller learns first, and the base optimizer trains the masked network: what
         the mask closes gets no gradient, and buffers stay what they were.
         """
-        checks.moved(self.model, self.plan.device)
+        if self.search is not None and self.cut is None:
+            checks.moved(self.model, self.plan.device)
         known = closure is not None and self._turn_due
         with torch.enable_grad():
             first = closure() if closure is not None and known else None
