@@ -18,7 +18,7 @@ from .default_device import as_now
 from .gating import Masking, TurnHooks, forget_turns, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
 from .plan import make_plan
-from .projection import Projection, halfspace, masked_shares, mean_rate, timed
+from .projection import Projection, halfspace, masked_shares, norms_and_rates, timed
 from .report import Report, report_of
 from .schedule import Schedule
 from .search import Search
@@ -283,15 +283,11 @@ class ATO(torch.optim.Optimizer):
         if self.projection == "timed" or zero:
             factor = torch.tensor(timed(left), dtype=torch.float32, device="cpu")
         else:
-            sizes = torch._foreach_abs(producers.parameters(self.model))
-            of_entries = torch._foreach_mul(sizes, sizes)
-            squares = producers.sum(of_entries, len(self.mask))
             rates = option(self.base, self.model, "lr")
-            rated = torch._foreach_mul(of_entries, [float(rates[name]) for name in producers.names])
-            moved = producers.sum(rated, len(self.mask))
+            norm, rate = norms_and_rates(producers, self.model, rates, len(self.mask))
             shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
-            threshold = self.schedule.grown(step, self.penalty) * mean_rate(moved, squares) * shares
-            factor = halfspace(squares.sqrt(), threshold, self.epsilon if self.projection == "halfspace" else 0.0)
+            threshold = self.schedule.grown(step, self.penalty) * rate * shares
+            factor = halfspace(norm, threshold, self.epsilon if self.projection == "halfspace" else 0.0)
         gates = torch.where(self.mask, 1.0, factor)
         # Columns that read zeros do nothing but send gradients back; norms without a scale make them large for a clip.
         for table in (producers, consumers) if zero else (producers,):
@@ -340,10 +336,9 @@ class ATO(torch.optim.Optimizer):
         target = target if inplace else copy_model(target)
         if not done:
             self._apply(cut) if target is self.model else apply_cut(cut, target)
-        if target is not self.model:
-            forget_turns(target)
-        if target is not self.model or self.step_count >= self.total_steps:  # nothing that is watched for can come
-            unwatch_wrapper(self._called if target is self.model else target)
+        if target is not self.model or self.step_count >= self.total_steps:  # neither turns nor old wrappers can come
+            for forget in (forget_turns, unwatch_wrapper):
+                forget(self._called if target is self.model else target)
         return target
 
     def _apply(self, cut: Cut) -> None:

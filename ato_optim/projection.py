@@ -6,10 +6,13 @@ Each function returns one factor a group; the optimizer multiplies all entries o
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .groups import GateTable
 
 Projection = Literal["timed", "proximal", "halfspace"]
 """timed: a pull that does not depend on the base optimizer. The others as in the ATO paper, after OTO."""
@@ -66,13 +69,18 @@ def masked_shares(mask: Tensor, layer_of_gate: Tensor, num_layers: int) -> Tenso
     return (masked / masked.sum().clamp_min(1))[layer_of_gate]
 
 
-def mean_rate(moved: Tensor, squares: Tensor) -> Tensor:
-    """Each group's learning rate (groups,): the mean over its entries, weighted by their squares.
+def norms_and_rates(table: GateTable, model: nn.Module, rates: Mapping[str, Any], gates: int) -> tuple[Tensor, Tensor]:
+    """||[W]_g|| and the learning rate of each group, both (groups,).
 
-    With it ||[W]_g|| falls as much, to first order, as if each entry went down lambda ||[W]_g|| at its own rate.
+    The rate is the mean over its entries, weighted by their squares: with it ||[W]_g|| falls as much, to first order,
+    as if each entry went down lambda ||[W]_g|| at its own rate.
 
     Args:
-        moved: sum over the entries of lr times their square, (groups,).
-        squares: sum of the squares, ||[W]_g||^2, (groups,).
+        table: the entries of the groups, of which there are `gates`.
+        rates: parameter name -> learning rate, a number or scalar tensor.
     """
-    return moved / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+    sizes = torch._foreach_abs(table.parameters(model))
+    of_entries = torch._foreach_mul(sizes, sizes)
+    squares = table.sum(of_entries, gates)
+    moved = table.sum(torch._foreach_mul(of_entries, [float(rates[name]) for name in table.names]), gates)
+    return squares.sqrt(), moved / squares.clamp_min(torch.finfo(squares.dtype).tiny)
