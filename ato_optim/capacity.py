@@ -1,11 +1,15 @@
-"""What a mask leaves of a network's capacity: branches add up, the layers of a chain multiply."""
+"""What a mask leaves of a network's capacity: channels by what is read of them, branches add up, chains multiply."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cost import CostModel
+from .groups import GateTable
+
+UNREAD = 1e-6
+"""What a channel counts as whose columns are all zero, over the mean of all: shares have logarithms."""
 
 
 def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tensor:
@@ -35,19 +39,30 @@ def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tenso
         chain = least
 
 
-def capacity(shares: Tensor, channels: Tensor, chain: Tensor) -> Tensor:
-    """A scalar in (0, 1]: the channels of all chains, each by the geometric mean of its layers' shares.
+@torch.no_grad()
+def channel_weights(consumers: GateTable, model: nn.Module, gates: int) -> Tensor:
+    """What each channel weighs in the capacity (gates,) float32, above 0: the squares of all columns that read it.
+
+    Those are the entries that the gate gradient is summed over (see gating.gate_gradient). They are not pulled for the
+    channel's sake, so that one which is closed for now weighs what it did.
+    """
+    squares = consumers.sum(consumers.squared(model), gates).float()
+    return squares + UNREAD * squares.mean() + torch.finfo(squares.dtype).tiny
+
+
+def capacity(kept: Tensor, whole: Tensor, chain: Tensor) -> Tensor:
+    """A scalar in (0, 1]: the weight of all chains, each by the geometric mean of its layers' shares.
 
     The narrowest layer limits what is in series, so that widths multiply there; branches that are added up are a sum of
-    what each can do. Differentiable in `shares`.
+    what each can do. Differentiable in `kept`.
 
     Args:
-        shares: of the channels of each layer group that are kept (layers,), above 0.
-        channels: of each layer group (layers,), without a mask.
+        kept: what the channels of each layer group that are kept weigh (layers,), above 0.
+        whole: what all of its channels weigh (layers,).
         chain: (layers,) int64 below the number of layers.
     """
     # A matrix, for index_add on an accelerator adds in any order, and each rank would get another sum.
     member = chain == torch.arange(len(chain), device=chain.device)[:, None]  # (chains, layers)
-    mean = ((member * shares.log()).sum(1) / member.sum(1).clamp_min(1)).exp()
-    weight = (member * channels.to(shares)).sum(1)
+    mean = ((member * (kept / whole).log()).sum(1) / member.sum(1).clamp_min(1)).exp()
+    weight = (member * whole).sum(1)
     return (weight * mean).sum() / weight.sum()

@@ -49,9 +49,10 @@ def test_the_mask_follows_the_budget_where_the_loss_has_no_say(turns, target):
     optimizer = ATO(base, model, example(), target_flops=target, total_steps=total, phases=SHORT, interval=2)
     search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
     nothing, last, off = torch.zeros(plan.groups.num_gates), -1, []
+    alike = torch.ones_like(nothing)
     for step in range(schedule.search, schedule.commit):
         if schedule.turn_due(step, last):
-            search.learn(step, nothing, schedule.budget(step, target))
+            search.learn(step, nothing, alike, schedule.budget(step, target))
             last = step
             off.append(plan.share(search.proposal()) - schedule.budget(step, target))
     assert max(map(abs, off)) < 0.3
