@@ -1,4 +1,4 @@
-"""What a mask leaves of a network's capacity: channels by what is read of them, branches add up, chains multiply."""
+"""What a mask leaves of a network's capacity: channels by the norms of their weights, branches add up, chains multiply."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .cost import CostModel
-from .groups import GateTable
+from .groups import Groups
 
-UNREAD = 1e-6
-"""What a channel counts as whose columns are all zero, over the mean of all: shares have logarithms."""
+NEGLIGIBLE = 1e-6
+"""Squares of a channel whose entries are all zero, over the mean of all channels': shares have logarithms."""
 
 
 def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tensor:
@@ -40,14 +40,18 @@ def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def channel_weights(consumers: GateTable, model: nn.Module, gates: int) -> Tensor:
-    """What each channel weighs in the capacity (gates,) float32, above 0: the squares of all columns that read it.
+def channel_weights(groups: Groups, model: nn.Module) -> Tensor:
+    """What each channel weighs in the capacity (gates,) float32, above 0: ||[W]_g|| ||R_g||.
 
-    Those are the entries that the gate gradient is summed over (see gating.gate_gradient). They are not pulled for the
-    channel's sake, so that one which is closed for now weighs what it did.
+    [W]_g are the entries that produce the channel, R_g the columns that read it, over which the gate gradient is summed.
+    Scaling one up and the other down, which in most networks changes nothing, does not change their product. A channel
+    that has been pulled to zero weighs next to nothing: it does not come back in place of one that has learned.
     """
-    squares = consumers.sum(consumers.squared(model), gates).float()
-    return squares + UNREAD * squares.mean() + torch.finfo(squares.dtype).tiny
+    norms = []
+    for table in (groups.producers, groups.consumers):
+        squares = table.sum(table.squared(model), groups.num_gates).float()
+        norms.append((squares + NEGLIGIBLE * squares.mean() + torch.finfo(squares.dtype).tiny).sqrt())
+    return norms[0] * norms[1]
 
 
 def capacity(kept: Tensor, whole: Tensor, chain: Tensor) -> Tensor:

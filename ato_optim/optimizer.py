@@ -270,7 +270,7 @@ class ATO(torch.optim.Optimizer):
         ascending = {name for name, maximize in option(self.base, self.model, "maximize").items() if maximize}
         gradient = gate_gradient(self.model, turn.table, turn.gates, ascending)
         if checks.finite(gradient, self.step_count):
-            weights = channel_weights(turn.table, self.model, len(gradient))
+            weights = channel_weights(self.plan.groups, self.model)
             budget = self.schedule.budget(self.step_count, self.target_flops)
             search.learn(self.step_count, gradient, weights, budget)
         self._set_mask(search.proposal(), self.step_count)
