@@ -1,4 +1,4 @@
-"""What a mask leaves of a network's capacity: channels by the norms of their weights, branches add up, chains multiply."""
+"""What a mask leaves of a network's capacity: channels by their norms, branches add up, chains multiply."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tenso
 def channel_weights(groups: Groups, model: nn.Module) -> Tensor:
     """What each channel weighs in the capacity (gates,) float32, above 0: ||[W]_g|| ||R_g||.
 
-    [W]_g are the entries that produce the channel, R_g the columns that read it, over which the gate gradient is summed.
-    Scaling one up and the other down, which in most networks changes nothing, does not change their product. A channel
-    that has been pulled to zero weighs next to nothing: it does not come back in place of one that has learned.
+    [W]_g are the entries that produce the channel, R_g the columns that read it (see gating.gate_gradient). Scaling one
+    up and the other down, which changes nothing in most networks, does not change their product. A channel that has
+    been pulled to zero weighs next to nothing: it does not come back in place of one that has learned.
     """
     norms = []
     for table in (groups.producers, groups.consumers):
