@@ -192,6 +192,26 @@ def settings_tables(ato: Runs, ato_30: Runs) -> dict[str, str]:
     return tables
 
 
+def gradual_tables(magnitude: dict[str, dict[str, Runs]]) -> dict[str, str]:
+    """What channels weigh, and how many go at a time; `magnitude` has the runs of ResNet-20 in 16 epochs, by budget."""
+    at_once, default = budgets(load("cut50-resnet20-")), "channels, at half time"
+    found = {
+        "gradual": (at_once["0.45"]["ato"], "epochs16", magnitude["0.45"]["magnitude"]),
+        "gradual 30": (at_once["0.3"]["ato"], "percent30", magnitude["0.3"]["magnitude"]),
+        "gradual 32": (load("cut50-epochs32-"), "epochs32", load("epochs32-resnet20-magnitude-")),
+    }
+    tables, made = {}, []
+    for place, (usual, runs, control) in found.items():
+        columns, norms = load(f"columns-{runs}-"), load(f"gradual-{runs}-")
+        groups = {default: usual, "columns, at half time": columns, "norms, a few at a time": norms}
+        groups["cut by magnitude at half time"] = control
+        tables[place] = variants(
+            "what channels weigh, and how they go", {k: v for k, v in groups.items() if v}, default
+        )
+        made += columns + norms
+    return {**tables, "gradual commands": commands(made)}
+
+
 def experiments_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/experiments.md; `cifar` are the runs of ResNet-20 with the default of before."""
     at_45, at_30 = budgets(cifar)["0.45"], budgets(cifar)["0.3"]
@@ -232,6 +252,7 @@ def experiments_tables(cifar: Runs) -> dict[str, str]:
         ),
         "streams commands": commands(streams_pruned),
         **settings_tables(at_45["ato"], at_30["ato"]),
+        **gradual_tables(budgets(cifar)),
         "vgg": comparison(vgg),
         "vgg controls": other_cuts(floor, vgg),
         "vgg changed": variants("change", {**by_value(vgg_changed), "default": of("ato", vgg)}, "default"),
