@@ -1,11 +1,15 @@
-"""What a mask leaves of a network's capacity: branches add up, the layers of a chain multiply."""
+"""What a mask leaves of a network's capacity: channels by their norms, branches add up, chains multiply."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cost import CostModel
+from .groups import Groups
+
+NEGLIGIBLE = 1e-6
+"""Squares of a channel whose entries are all zero, over the mean of all channels': shares have logarithms."""
 
 
 def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tensor:
@@ -35,19 +39,34 @@ def find_chains(cost: CostModel, layer_of_gate: Tensor, summed: Tensor) -> Tenso
         chain = least
 
 
-def capacity(shares: Tensor, channels: Tensor, chain: Tensor) -> Tensor:
-    """A scalar in (0, 1]: the channels of all chains, each by the geometric mean of its layers' shares.
+@torch.no_grad()
+def channel_weights(groups: Groups, model: nn.Module) -> Tensor:
+    """What each channel weighs in the capacity (gates,) float32, above 0: ||[W]_g|| ||R_g||.
+
+    [W]_g are the entries that produce the channel, R_g the columns that read it (see gating.gate_gradient). Scaling one
+    up and the other down, which changes nothing in most networks, does not change their product. A channel that has
+    been pulled to zero weighs next to nothing: it does not come back in place of one that has learned.
+    """
+    norms = []
+    for table in (groups.producers, groups.consumers):
+        squares = table.sum(table.squared(model), groups.num_gates).float()
+        norms.append((squares + NEGLIGIBLE * squares.mean() + torch.finfo(squares.dtype).tiny).sqrt())
+    return norms[0] * norms[1]
+
+
+def capacity(kept: Tensor, whole: Tensor, chain: Tensor) -> Tensor:
+    """A scalar in (0, 1]: the weight of all chains, each by the geometric mean of its layers' shares.
 
     The narrowest layer limits what is in series, so that widths multiply there; branches that are added up are a sum of
-    what each can do. Differentiable in `shares`.
+    what each can do. Differentiable in `kept`.
 
     Args:
-        shares: of the channels of each layer group that are kept (layers,), above 0.
-        channels: of each layer group (layers,), without a mask.
+        kept: what the channels of each layer group that are kept weigh (layers,), above 0.
+        whole: what all of its channels weigh (layers,).
         chain: (layers,) int64 below the number of layers.
     """
     # A matrix, for index_add on an accelerator adds in any order, and each rank would get another sum.
     member = chain == torch.arange(len(chain), device=chain.device)[:, None]  # (chains, layers)
-    mean = ((member * shares.log()).sum(1) / member.sum(1).clamp_min(1)).exp()
-    weight = (member * channels.to(shares)).sum(1)
+    mean = ((member * (kept / whole).log()).sum(1) / member.sum(1).clamp_min(1)).exp()
+    weight = (member * whole).sum(1)
     return (weight * mean).sum() / weight.sum()

@@ -15,6 +15,13 @@ from torch import Tensor, nn
 from .sharding import like, whole
 
 
+def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums (segments,) of `values`, whose segments follow each other and have `lengths` (segments,); differentiable."""
+    # index_add on an accelerator adds in any order, and each rank would get another sum.
+    every, starts = torch.arange(len(values), device=values.device), lengths.cumsum(0) - lengths
+    return nn.functional.embedding_bag(every, values[:, None], starts, mode="sum")[:, 0]
+
+
 @dataclass(frozen=True)
 class LayerGroup:
     """Channels that are pruned by one row of gates: a root layer and all that is coupled to it."""
@@ -91,10 +98,12 @@ class GateTable:
             for t, dim, n in zip(tensors, self.dims, self.ndims, strict=True)
         ]
         values = torch.cat([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
-        lengths = torch.bincount(self.gate, minlength=gates + 1)
-        # index_add on an accelerator adds in any order, and each rank would get another sum.
-        sums = nn.functional.embedding_bag(self._order, values[:, None], lengths.cumsum(0) - lengths, mode="sum")
-        return sums[:gates, 0]
+        return segment_sums(values[self._order], torch.bincount(self.gate, minlength=gates + 1))[:gates]
+
+    def squared(self, model: nn.Module) -> list[Tensor]:
+        """The squares of the parameters' entries."""
+        sizes = torch._foreach_abs(self.parameters(model))
+        return list(torch._foreach_mul(sizes, sizes))
 
     @cached_property
     def _order(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import checks, resume
 from .base import of_base, option
 from .budget import least_mask, minimum_widths
+from .capacity import channel_weights
 from .carry import apply_cut_in_training, warn_of_obstacle
 from .compress import Cut, apply_cut, cut_by, cut_of, derive_cut
 from .default_device import as_now
@@ -269,7 +270,9 @@ class ATO(torch.optim.Optimizer):
         ascending = {name for name, maximize in option(self.base, self.model, "maximize").items() if maximize}
         gradient = gate_gradient(self.model, turn.table, turn.gates, ascending)
         if checks.finite(gradient, self.step_count):
-            search.learn(self.step_count, gradient, self.schedule.budget(self.step_count, self.target_flops))
+            weights = channel_weights(self.plan.groups, self.model)
+            budget = self.schedule.budget(self.step_count, self.target_flops)
+            search.learn(self.step_count, gradient, weights, budget)
         self._set_mask(search.proposal(), self.step_count)
         self.last_turn = self.step_count
 

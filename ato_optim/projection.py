@@ -79,8 +79,7 @@ def norms_and_rates(table: GateTable, model: nn.Module, rates: Mapping[str, Any]
         table: the entries of the groups, of which there are `gates`.
         rates: parameter name -> learning rate, a number or scalar tensor.
     """
-    sizes = torch._foreach_abs(table.parameters(model))
-    of_entries = torch._foreach_mul(sizes, sizes)
+    of_entries = table.squared(model)
     squares = table.sum(of_entries, gates)
     moved = table.sum(torch._foreach_mul(of_entries, [float(rates[name]) for name in table.names]), gates)
     return squares.sqrt(), moved / squares.clamp_min(torch.finfo(squares.dtype).tiny)

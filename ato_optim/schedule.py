@@ -62,11 +62,12 @@ class Schedule:
         return self.phase(step) == "search" and step - max(last_turn, self.search - 1) >= self.interval
 
     def budget(self, step: int, target: float) -> float:
-        """Share of the MACs that the controller shall keep at `step`: from 1 to `target` while no pull is on.
+        """Share of the MACs that the controller shall keep at `step`: from 1 to `target` while it searches.
 
-        A straight line, so that the loss, and not the start of the controller, says which channels close first.
+        A straight line, so that the loss, and not the start of the controller, says which channels close first, and the
+        network shrinks no faster than it can follow.
         """
-        return target + (1 - target) * max(0.0, (self.pull - step) / max(1, self.pull - self.search))
+        return target + (1 - target) * max(0.0, (self.commit - step) / max(1, self.commit - self.search))
 
     @property
     def turns(self) -> int:

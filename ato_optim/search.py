@@ -12,6 +12,7 @@ from torch import Tensor
 from .budget import keep_minimum, solve
 from .capacity import capacity, find_chains
 from .controller import EVEN, Controller, binarise, controller_loss, gumbel_noise
+from .groups import segment_sums
 from .plan import Plan
 
 
@@ -23,7 +24,7 @@ class Search:
     Args:
         least: fewest open gates (layers,) int64 of every layer group.
         target: share of the dense MACs that may be kept.
-        gamma, beta: weights of the budget and of the capacity in the controller's loss.
+        gamma, beta: weights of the budget and of the capacity (capacity.py) in the controller's loss.
         lr, weight_decay: of its AdamW.
         seed: of its weights and noise.
     """
@@ -45,21 +46,20 @@ class Search:
                          "controller_weight_decay": weight_decay, "seed": seed}  # fmt: skip
         closable = least < plan.sizes
         self.free = closable[plan.layer_of_gate].nonzero().flatten()
-        self.layer_of_gate = plan.layer_of_gate[self.free].unique(return_inverse=True)[1]
+        self.sizes = plan.sizes[closable]
         chain = find_chains(plan.cost, plan.layer_of_gate, plan.summed)[closable]
         self.chain = chain.unique(return_inverse=True)[1]
-        self.channels = self._channels(torch.ones(plan.groups.num_gates, device=plan.device))
-        self.controller = Controller(self.layer_of_gate.cpu(), seed).to(plan.device)
+        layer_of_gate = torch.arange(len(self.sizes), device=plan.device).repeat_interleave(self.sizes)
+        self.controller = Controller(layer_of_gate.cpu(), seed).to(plan.device)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
 
     def _of_all(self, values: Tensor) -> Tensor:
         """`values` of the controller's gates as one a gate (gates,): infinite for those that are always open."""
         return values.new_full(self.plan.layer_of_gate.shape, math.inf).index_copy(0, self.free, values)
 
-    def _channels(self, gates: Tensor) -> Tensor:
-        """Channels (closable layers,) that `gates` (gates,) keep where the controller has a say."""
-        kept = (gates * self.plan.channels)[self.free]
-        return kept.new_zeros(len(self.chain)).index_add(0, self.layer_of_gate, kept)
+    def _by_layer(self, values: Tensor) -> Tensor:
+        """Sums (closable layers,) of `values` (gates,) over each layer group in which the controller has a say."""
+        return segment_sums(values[self.free], self.sizes)
 
     def gates(self, step: int) -> Tensor:
         """Gates (gates,) in {0., 1.} of the turn at `step`, differentiable in the controller's weights."""
@@ -70,16 +70,16 @@ class Search:
         kept = keep_minimum(gates > 0.5, logits + noise, self.plan.layer_of_gate, self.least)
         return gates + (kept.to(gates.dtype) - gates).detach()
 
-    def learn(self, step: int, gate_gradient: Tensor, budget: float) -> None:
+    def learn(self, step: int, gate_gradient: Tensor, weights: Tensor, budget: float) -> None:
         """One update of the controller from dL/dw (gates,) of the network masked by `gates(step)`.
 
-        `budget` is the share of the dense MACs that it shall keep at `step`.
+        `weights` (gates,) are those of the channels in the capacity, `budget` is the share of the dense MACs that it
+        shall keep at `step`.
         """
         with torch.enable_grad():
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
-            kept = self._channels(gates)
-            left = capacity(kept / self.channels, self.channels, self.chain)
+            left = capacity(self._by_layer(gates * weights), self._by_layer(weights), self.chain)
             loss = controller_loss(gates, gate_gradient, share, budget, self.gamma, left, self.beta)
             self.optimizer.zero_grad()
             loss.backward()

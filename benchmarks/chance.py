@@ -30,7 +30,7 @@ class Chance(Search):
     def gates(self, step: int) -> Tensor:
         return self._mask(self.budget).float()
 
-    def learn(self, step: int, gate_gradient: Tensor, budget: float) -> None:
+    def learn(self, step: int, gate_gradient: Tensor, weights: Tensor, budget: float) -> None:
         self.budget = budget
 
     def proposal(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The capacity that the controller prefers: chains from the graph, branches that add up, layers that multiply."""
+"""The capacity that the controller prefers: channels by their columns, chains from the graph, branches that add up."""
 
 import math
 from collections import defaultdict
@@ -11,7 +11,7 @@ from networks import SHORT, Block, Concat, Residual, example
 from torch import nn
 
 from ato_optim import ATO
-from ato_optim.capacity import capacity, find_chains
+from ato_optim.capacity import capacity, channel_weights, find_chains
 from ato_optim.optimizer import call
 from ato_optim.plan import make_plan
 
@@ -72,37 +72,80 @@ layers = st.lists(st.tuples(st.integers(1, 64), st.floats(0.05, 1), st.integers(
 @settings(max_examples=100, deadline=None)
 @given(layers)
 def test_capacity_is_that_of_the_formula(layers):
-    channels, shares, chain = map(torch.tensor, zip(*layers, strict=True))
-    found = capacity(shares.double(), channels, chain.unique(return_inverse=True)[1])
+    whole, shares, chain = map(torch.tensor, zip(*layers, strict=True))
+    found = capacity(shares.double() * whole, whole, chain.unique(return_inverse=True)[1])
     chains = [[layer for layer in layers if layer[2] == index] for index in {layer[2] for layer in layers}]
     expected = sum(
         sum(layer[0] for layer in chain) * math.prod(layer[1] for layer in chain) ** (1 / len(chain))
         for chain in chains
     ) / sum(layer[0] for layer in layers)
     assert found.item() == pytest.approx(expected, rel=1e-6)
-    assert capacity(torch.ones(len(layers)), channels, torch.zeros_like(chain)).item() == pytest.approx(1)
+    assert capacity(whole, whole, torch.zeros_like(chain)).item() == pytest.approx(1)
+
+
+def ato(model, **options):
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    return ATO(base, model, example(), **{"target_flops": 0.5, "total_steps": 60, "phases": SHORT, **options})
+
+
+def weights_of(optimizer):
+    return channel_weights(optimizer.plan.groups, optimizer.model)
 
 
 @pytest.mark.parametrize("network", [Residual, plain])
 def test_the_controller_finds_more_capacity_at_the_same_macs_the_more_it_weighs(network):
     """Where the loss has no say."""
     left = []
-    for beta in (0.0, 1.5):
-        model = network()
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=4000, phases=SHORT, interval=2, beta=beta)
-        search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
+    for beta in (0.0, 6.0):
+        torch.manual_seed(0)
+        optimizer = ato(network(), total_steps=4000, interval=2, beta=beta)
+        search, schedule, plan, weights = optimizer.search, optimizer.schedule, optimizer.plan, weights_of(optimizer)
         for step in range(schedule.search, schedule.commit, schedule.interval):
-            search.learn(step, torch.zeros(plan.groups.num_gates), schedule.budget(step, 0.5))
-        kept = search._channels(search.settle(plan.lots(1)).double())
-        left.append(capacity(kept / search.channels, search.channels, search.chain))
+            search.learn(step, torch.zeros_like(weights), weights, schedule.budget(step, 0.5))
+        kept = search._by_layer(search.settle(plan.lots(1)) * weights)
+        left.append(capacity(kept, search._by_layer(weights), search.chain))
     assert left[1] > left[0]
 
 
-def test_a_gate_of_several_channels_counts_as_many():
+def test_a_channel_weighs_the_norms_of_what_produces_and_of_what_reads_it():
+    model = plain()
+    optimizer, expected = ato(model), []
+    for (conv, norm, *_), reader in ((model[0], model[2][0]), (model[2], model[4][0]), (model[4], model[-1])):
+        rows = torch.cat([conv.weight.flatten(1), norm.weight[:, None], norm.bias[:, None]], 1).norm(dim=1)
+        expected.append(rows * reader.weight.transpose(0, 1).flatten(1).norm(dim=1))
+    torch.testing.assert_close(weights_of(optimizer), torch.cat(expected).detach(), rtol=1e-4, atol=0)
+
+
+def test_what_is_pulled_to_zero_weighs_next_to_nothing():
+    optimizer = ato(plain())
+    before, producers = weights_of(optimizer), optimizer.plan.groups.producers
+    producers.scale(producers.parameters(optimizer.model), torch.ones_like(before).index_fill(0, torch.arange(8), 0.0))
+    after = weights_of(optimizer)
+    assert (after[:8] < 0.01 * before[:8]).all()
+    torch.testing.assert_close(after[8:], before[8:], rtol=1e-4, atol=0)
+
+
+def test_a_gate_of_several_channels_weighs_what_all_of_them_do():
     """Whole groups of a grouped convolution go together."""
     model = nn.Sequential(Block(3, 8), Block(8, 8, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ATO(base, model, example(), target_flops=0.7, total_steps=60, phases=SHORT, min_width=0.5)
+    optimizer = ato(model, target_flops=0.7, min_width=0.5)
     assert optimizer.plan.channels.max() > 1
-    assert optimizer.search.channels.tolist() == [width.before for width in optimizer.report().widths]
+    columns = model[-1].weight.detach().square().sum(0).view(2, 4).sum(1)
+    entries = [p.detach().reshape(8, -1).square().sum(1) for p in model[:2].parameters()]
+    rows = sum(entries).view(2, 4).sum(1)
+    torch.testing.assert_close(weights_of(optimizer), (rows * columns).sqrt(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("nothing", [["4"], ["0", "2", "4"]])
+def test_weights_that_start_at_zero_do_not_stop_the_search(nothing):
+    """Some networks begin with layers of zeros, so that a channel, a layer or all of them are read by nothing."""
+    model = plain()
+    for name in nothing:
+        nn.init.zeros_(model.get_submodule(name)[0].weight)
+    nn.init.zeros_(model[-1].weight)
+    optimizer = ato(model)
+    search, weights = optimizer.search, weights_of(optimizer)
+    assert weights.min() > 0
+    for step in range(20):
+        search.learn(step, torch.zeros_like(weights), weights, 0.5)
+    assert all(parameter.isfinite().all() for parameter in search.controller.parameters())

@@ -18,14 +18,14 @@ from ato_optim.schedule import MOST_LR, TRAVEL, Schedule
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 100_000), st.floats(0.05, 1))
-def test_the_budget_falls_from_the_whole_to_the_target_before_anything_is_pulled(total_steps, target):
+def test_the_budget_falls_from_the_whole_to_the_target_until_the_commit(total_steps, target):
     schedule = Schedule.over(total_steps, SHORT, 0.1)
     asked = [schedule.budget(step, target) for step in range(schedule.search, min(schedule.commit, 500))]
     assert all(one >= other for one, other in itertools.pairwise(asked))
     assert all(target <= share <= 1 for share in asked)
-    if schedule.pull > schedule.search:
+    if schedule.commit > schedule.search:
         assert schedule.budget(schedule.search, target) == pytest.approx(1)
-    assert schedule.budget(schedule.pull, target) == target
+    assert schedule.budget(schedule.commit, target) == target
 
 
 @settings(max_examples=100, deadline=None)
@@ -49,9 +49,10 @@ def test_the_mask_follows_the_budget_where_the_loss_has_no_say(turns, target):
     optimizer = ATO(base, model, example(), target_flops=target, total_steps=total, phases=SHORT, interval=2)
     search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
     nothing, last, off = torch.zeros(plan.groups.num_gates), -1, []
+    alike = torch.ones_like(nothing)
     for step in range(schedule.search, schedule.commit):
         if schedule.turn_due(step, last):
-            search.learn(step, nothing, schedule.budget(step, target))
+            search.learn(step, nothing, alike, schedule.budget(step, target))
             last = step
             off.append(plan.share(search.proposal()) - schedule.budget(step, target))
     assert max(map(abs, off)) < 0.3
