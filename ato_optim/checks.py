@@ -98,7 +98,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "min_width": (lambda v: 0 <= v <= 1, "in [0, 1]: it is the share of its channels that a layer keeps at least"),
     "streams": (lambda v: 0 <= v <= 1, "in [0, 1]: it is the share of the budget that keeps residual streams wide"),
     "round_to": (lambda v: v >= 1 and v == int(v), "a whole number from 1: widths are multiples of it, 8 say"),
-    "pull_time": (lambda v: v > 0, "above 0: it is a share of the run, 0.1 say"),
+    "pull_time": (lambda v: v > 0, "above 0: it is a share of the run, 0.02 say"),
     "epsilon": (lambda v: 0 <= v < 1, "in [0, 1): 0.1 say"),
     "controller_lr": (lambda v: v > 0, "above 0, 1e-3 say, or None"),
     "controller_weight_decay": (lambda v: v >= 0, "at least 0: 1e-2 say"),
@@ -121,10 +121,10 @@ def arguments(
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not a number {meaning}")
         if not math.isfinite(value) or not fits(float(value)):
             raise ValueError(f"{name}={value} is not {meaning}")
-    if not _reals(phases, 4) or not 0 <= phases[0] <= phases[1] <= phases[2] <= phases[3] <= 1:
+    if not _reals(phases, 3) or not 0 <= phases[0] <= phases[1] <= phases[2] <= 1:
         raise ValueError(
-            f"phases={phases}: pass four rising shares of the run at which search, pull, commit and the exact zeros "
-            "begin, (0.35, 0.43, 0.48, 0.5) say"
+            f"phases={phases}: pass three rising shares of the run at which search, commit and the exact zeros begin, "
+            "(0.05, 0.48, 0.5) say"
         )
     if projection not in get_args(Projection):
         raise ValueError(f"projection={projection!r}: pass one of {', '.join(map(repr, get_args(Projection)))}")

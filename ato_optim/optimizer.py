@@ -53,7 +53,7 @@ class ATO(torch.optim.Optimizer):
         penalty: for "proximal" and "halfspace": lambda while searching, and what it has grown to at the end of
             the commit phase.
         epsilon: for "halfspace": in [0, 1), how early a shrinking group is set to zero.
-        phases: shares of the run at which search, pull, commit and the exact zeros begin.
+        phases: shares of the run at which search, commit and the exact zeros begin.
         interval: steps between controller turns; default: from 2 to 20, for 500 to 750 turns where they allow it.
         gamma: weight of the budget in the controller's loss.
         beta: weight of the capacity in it: how much more channels are worth at the same MACs.
@@ -85,10 +85,10 @@ class ATO(torch.optim.Optimizer):
         streams: float = 0.5,
         round_to: int = 1,
         projection: Projection = "timed",
-        pull_time: float = 0.1,
+        pull_time: float = 0.02,
         penalty: tuple[float, float] = (10.0, 1000.0),
         epsilon: float = 0.1,
-        phases: Sequence[float] = (0.35, 0.43, 0.48, 0.5),
+        phases: Sequence[float] = (0.05, 0.48, 0.5),
         interval: int | None = None,
         gamma: float = 8.0,
         beta: float = 1.5,

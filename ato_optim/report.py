@@ -40,7 +40,7 @@ class Report:
         widths: of every group of layers, dense, at the least, and with the present mask.
         left_out: (layers, reason) of what is not pruned.
         history: (step, share of MACs kept by the mask) at each controller turn and at commit.
-        boundaries: first steps of search, pull, commit and zero.
+        boundaries: first steps of search, commit and zero.
     """
 
     phase: str
@@ -104,7 +104,7 @@ class Report:
         )
         budget.step(steps, [100 * share for share in shares], where="post", color="#2166ac", label="MACs of the mask")
         budget.axhline(100 * self.target_flops, color="#b2182b", linewidth=1, linestyle="--", label="budget")
-        spans = {"search": "#e6eaee", "search and pull": "#d9dfe5", "commit": "#bcc5ce"}
+        spans = {"search": "#e6eaee", "commit": "#bcc5ce"}
         for (name, shade), (begin, end) in zip(spans.items(), pairwise(self.boundaries), strict=True):
             budget.axvspan(begin, end, color=shade, linewidth=0, zorder=0, label=name)
         budget.set_ylim(0, 105)
@@ -131,6 +131,6 @@ def report_of(ato: ATO) -> Report:
         target_flops=ato.target_flops,
         least_flops=ato.least_flops,
         history=tuple(ato.history),
-        boundaries=(schedule.search, schedule.pull, schedule.commit, schedule.zero),
+        boundaries=(schedule.search, schedule.commit, schedule.zero),
         **facts,
     )

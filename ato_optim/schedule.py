@@ -22,13 +22,12 @@ FEWEST_TURNS = round(TRAVEL / MOST_LR)
 class Schedule:
     """The phases of a run of `total_steps` steps.
 
-    warm-up [0, search), search [search, commit) with the pull from `pull` on, commit [commit, zero), zero
-    from `zero` on. A boundary is the number of steps done when its phase begins.
+    warm-up [0, search), search [search, commit), commit [commit, zero), zero from `zero` on. A boundary is the number
+    of steps done when its phase begins.
     """
 
     total_steps: int
     search: int
-    pull: int
     commit: int
     zero: int
     interval: int
@@ -44,10 +43,10 @@ class Schedule:
         `interval` steps lie between controller turns; by default as many as leave about MANY_TURNS turns,
         within [SMALLEST_INTERVAL, LARGEST_INTERVAL].
         """
-        search, pull, commit, zero = (int(share * total_steps) for share in phases)
+        search, commit, zero = (int(share * total_steps) for share in phases)
         if interval is None:
             interval = min(max((commit - search) // MANY_TURNS, SMALLEST_INTERVAL), LARGEST_INTERVAL)
-        return cls(total_steps, search, pull, commit, max(zero, commit + 1), interval, pull_time * total_steps)
+        return cls(total_steps, search, commit, max(zero, commit + 1), interval, pull_time * total_steps)
 
     def phase(self, step: int) -> Phase:
         """The phase after `step` steps."""
@@ -81,7 +80,7 @@ class Schedule:
 
     def pulls(self, step: int) -> bool:
         """Whether masked groups are pulled after the update that makes `step` steps done."""
-        return step > self.pull
+        return step > self.search
 
     def steps_left(self, step: int) -> float:
         """Steps that a masked group has until it is zero, at the pull of the update that makes `step` steps done."""

@@ -32,11 +32,10 @@ def run_cost(report: dict[str, Any], ratio: dict[str, float]) -> dict[str, float
         report: the run's own, with the steps of its turns.
         ratio: of a step of each of step_cost's cases, and of the compressed network ("compressed").
     """
-    _, pull, commit, zero = report["boundaries"]
+    search, commit, zero = report["boundaries"]
     turns = [step for step, _ in report["history"] if step < commit]
-    plain = pull - sum(step < pull for step in turns)
-    pulled = zero - pull - sum(step >= pull for step in turns)
-    searched = plain + pulled * ratio["pull on masked channels"] + len(turns) * ratio["controller turn"]
+    pulled = zero - search - len(turns)
+    searched = search + pulled * ratio["pull on masked channels"] + len(turns) * ratio["controller turn"]
     total, rest = report["total_steps"], report["total_steps"] - zero
     return {
         "early": (searched + rest * ratio["compressed"]) / total,

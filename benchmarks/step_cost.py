@@ -28,9 +28,9 @@ from measure import commit, hardware
 
 # Phases that put every measured step into the part of a run that is looked at.
 CASES = {
-    "pull on masked channels": {"phases": (0, 0, 0, 1)},
-    "masked channels held at zero": {"phases": (0, 0, 0, 0)},
-    "controller turn": {"phases": (0, 0, 0.9, 1), "interval": 1},
+    "pull on masked channels": {"phases": (0, 0, 1)},
+    "masked channels held at zero": {"phases": (0, 0, 0)},
+    "controller turn": {"phases": (0, 0.9, 1), "interval": 1},
 }
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]

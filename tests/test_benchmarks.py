@@ -230,15 +230,15 @@ def test_rows_of_paper_scale_stay_empty_until_there_are_runs():
 
 
 def test_a_run_costs_what_its_steps_cost():
-    """Twenty steps, one by one: turns at 2, 4 and 6, the pull after 5, the cut after 8."""
+    """Twenty steps, one by one: the pull after 1, turns at 2, 4 and 6, the cut after 8."""
     report = {
-        "boundaries": [1, 5, 7, 8], "total_steps": 20, "history": [[2, 0.9], [4, 0.7], [6, 0.5], [7, 0.45]],
+        "boundaries": [1, 7, 8], "total_steps": 20, "history": [[2, 0.9], [4, 0.7], [6, 0.5], [7, 0.45]],
     }  # fmt: skip
     ratio = {
         "SGD": 1.0, "pull on masked channels": 1.25, "masked channels held at zero": 1.125, "controller turn": 1.5,
         "compressed": 0.5,
     }  # fmt: skip
-    searched = [1, 1, 1.5, 1, 1.5, 1.25, 1.5, 1.25]
+    searched = [1, 1.25, 1.5, 1.25, 1.5, 1.25, 1.5, 1.25]
     found = run_cost(report, ratio)
     assert found["early"] == sum(searched + 12 * [0.5]) / 20
     assert found["at the end"] == sum(searched + 12 * [1.125]) / 20

@@ -38,11 +38,10 @@ def test_every_argument_of_ato_and_its_default_are_in_the_quick_start():
 
 def test_phases_in_the_quick_start_begin_where_they_do_by_default():
     page = PAGES["quickstart.md"]
-    search, pull, commit, zero = inspect.signature(ato_optim.ATO).parameters["phases"].default
+    search, commit, zero = inspect.signature(ato_optim.ATO).parameters["phases"].default
     rows = {phase: row for row, phase in re.findall(r"^(\|.*?\| `(\w+)` \|.*)$", page, re.MULTILINE)}
     assert rows["warmup"].startswith(f"| 0 to {search} T |")
     assert rows["search"].startswith(f"| {search} T to {commit} T |")
-    assert f"until {pull} T," in rows["search"]
     assert rows["commit"].startswith(f"| {commit} T to {zero} T |")
     assert rows["zero"].startswith(f"| from {zero} T |")
     assert f"`compress()` before {zero} T is an error" in page

@@ -42,7 +42,7 @@ def test_a_pull_is_what_the_arguments_say(projection, step):
     """While searching, and in the middle of the commit phase."""
     lr = 0.05
     model, optimizer = make(total_steps=200, projection=projection, pull_time=0.2, penalty=(4, 400), epsilon=0.6)
-    assert (optimizer.schedule.pull, optimizer.schedule.commit, optimizer.schedule.zero) == (50, 60, 64)
+    assert (optimizer.schedule.search, optimizer.schedule.commit, optimizer.schedule.zero) == (20, 60, 64)
     generator = torch.Generator().manual_seed(0)
     optimizer.mask = torch.rand(len(optimizer.mask), generator=generator) < 0.6
     before = copy.deepcopy(model.state_dict())
