@@ -69,11 +69,12 @@ def other_cuts(controls: Runs, runs: Runs) -> str:
     """The comparison's row for each other way to cut by magnitude; `runs` are those that the comparison shows."""
     rows = []
     for budget, methods in budgets(runs).items():
-        ways = grouped([run for run in controls if str(run["arguments"]["target_flops"]) == budget], "cut_at", "pruner")
-        for (cut_at, _), members in ways.items():
+        same = [run for run in controls if str(run["arguments"]["target_flops"]) == budget]
+        for (cut_at, cuts, _), members in grouped(same, "cut_at", "cuts", "pruner").items():
+            when = f"up to {cut_at}, {cuts} times" if cuts not in ("", "1") else cut_at
             pruner = short(members[0]["arguments"]["pruner"])
             found = compared("magnitude", {**methods, "magnitude": members})
-            rows.append([percent(float(budget)), cut_at, pruner, *found])
+            rows.append([percent(float(budget)), when, pruner, *found])
     return table(["budget", "cut at", "torch-pruning's arguments", *COMPARED], rows)
 
 

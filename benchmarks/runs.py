@@ -25,10 +25,10 @@ def mean(values: list[float], form: str = "{:.2f}") -> str:
 
 
 def grouped(runs: Runs, *keys: str) -> dict[tuple[str, ...], Runs]:
-    """`runs` by the values of some of their arguments, in the order of METHODS."""
+    """`runs` by the values of some of their arguments ("" where train.py had no such yet), in the order of METHODS."""
     groups: dict[tuple[str, ...], Runs] = defaultdict(list)
     for run in sorted(runs, key=lambda run: list(METHODS).index(run["arguments"]["method"])):
-        groups[tuple(str(run["arguments"][key]) for key in keys)].append(run)
+        groups[tuple(str(run["arguments"].get(key, "")) for key in keys)].append(run)
     return groups
 
 
@@ -55,12 +55,16 @@ def with_error(values: list[float]) -> str:
 
 
 def training(run: dict[str, Any]) -> float:
-    """MACs of the training over those of a dense run: the whole network up to the cut, what is kept after it."""
+    """MACs of the training over those of a dense run: the whole network up to the cut, what is kept after it.
+
+    Of several equal cuts each share of the network that goes counts up to its own, on the mean.
+    """
     arguments = run["arguments"]
     if run["at_cut"]:
         dense = run["at_cut"]["step"] / run["report"]["total_steps"]
     else:  # the first runs of magnitude do not say when: it could not be moved
         dense = {"dense": 1.0, "narrow": 0.0, "magnitude": arguments.get("cut_at", 0.5)}[arguments["method"]]
+        dense *= (1 + 1 / arguments.get("cuts", 1)) / 2
     return dense + (1 - dense) * run["macs_kept"]
 
 

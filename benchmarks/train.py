@@ -11,7 +11,7 @@ Methods, all with the same epochs, recipe, seed and order of the data:
     narrow     every layer thinned by the same factor before the first step, then SGD; with --widths, to the widths
                that another run ended with
     magnitude  torch-pruning's one-shot global group magnitude (L2) at half time, then SGD goes on; --cut-at moves the
-               cut, --pruner changes what torch-pruning does at it
+               cut, --cuts makes several of it, --pruner changes what torch-pruning does at it
 """
 
 import argparse
@@ -56,6 +56,7 @@ RECORDED = (
     "compile",
     "ato",
     "cut_at",
+    "cuts",
     "pruner",
     "widths",
 )
@@ -82,6 +83,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ato", type=json.loads, default={}, help='further arguments of ATO as JSON: {"round_to": 8}')
     add("--widths", metavar="JSON", help="for narrow: file of the run whose widths it takes")
     add("--cut-at", type=float, default=0.5, help="for magnitude: share of the run at which it cuts")
+    add("--cuts", type=int, default=1, help="for magnitude: number of equal cuts, evenly up to that share of the run")
     add("--pruner", type=json.loads, default={}, help="for magnitude: further arguments of torch-pruning's BasePruner")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="train through torch.compile; evaluation stays eager")
@@ -185,9 +187,15 @@ class Run:
         )  # fmt: skip
         return leave_to_chance(optimizer) if self.args.method == "random" else optimizer
 
+    @property
+    def cuts(self) -> dict[int, float]:
+        """Step of each cut by magnitude -> share of the dense MACs that it leaves."""
+        done = [cut / self.args.cuts for cut in range(1, self.args.cuts + 1)]
+        return {int(share * self.args.cut_at * self.total): 1 - share * (1 - self.args.target_flops) for share in done}
+
     def train_step(self) -> float:
-        if self.args.method == "magnitude" and self.step == int(self.args.cut_at * self.total):
-            wanted = self.args.target_flops * self.dense_macs
+        if self.args.method == "magnitude" and self.step in self.cuts:
+            wanted = self.cuts[self.step] * self.dense_macs
             prune_by_magnitude(self.model, self.example, wanted, **self.args.pruner)
             self.optimizer = self._optimizer()
         for group in self.optimizer.param_groups:

@@ -23,6 +23,7 @@ import figures
 import models
 import result_tables
 from chance import leave_to_chance
+from measure import macs
 from run_cost import run_cost
 from runs import training
 from train import Run, arguments
@@ -57,6 +58,20 @@ def test_magnitude_cuts_when_and_how_it_is_told(tmp_path):
     kept = {name: len(p) / dense[name] for name, p in run.model.named_parameters()}
     assert floor - 1 / 16 <= min(kept.values()) < 0.9  # torch-pruning stops below the floor, so one channel less
     assert training(run.result()) == pytest.approx(0.1 + 0.9 * 0.6, abs=0.01)
+
+
+def test_several_cuts_by_magnitude_are_equal_and_evenly_spaced(tmp_path):
+    options = ["--cuts", "3", "--cut-at", "0.11", "--epochs", "10", "--target-flops", "0.4"]
+    run = Run(arguments(["--method", "magnitude", "--out", str(tmp_path), *options]))
+    dense, cost = run.dense_macs, 0
+    last = int(0.11 * run.total)
+    for step in range(last + 1):
+        run.train_step()
+        kept = macs(run.model, run.example) / dense
+        assert kept == pytest.approx(1 - 0.6 * (3 * step // last) / 3, abs=0.02)
+        cost += kept
+    cost += (run.total - last - 1) * kept
+    assert training(run.result()) == pytest.approx(cost / run.total, abs=0.01)
 
 
 def test_a_cut_by_magnitude_that_misses_its_budget_is_no_control(tmp_path):
