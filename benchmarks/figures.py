@@ -56,4 +56,6 @@ def draw_report(run: dict[str, Any], path: Path) -> None:
     """The figure of a run's own report."""
     fields = run["report"]
     widths = tuple(Width(**width) for width in fields["widths"])
-    Report(**{**fields, "widths": widths}).figure().savefig(path, dpi=150)
+    # Runs by commit dbd4340 have a boundary for the pull, too, which begins with the search.
+    boundaries = tuple(sorted({*fields["boundaries"]}))
+    Report(**{**fields, "widths": widths, "boundaries": boundaries}).figure().savefig(path, dpi=150)

@@ -189,6 +189,16 @@ def removal(runs: Runs, costs: dict[str, Any]) -> str:
     return table(["run", "step of the cut", *measured, *times], rows)
 
 
+def run_costs(made: Runs) -> dict[str, Any]:
+    """What run_cost.py measured, by the name of the run."""
+    return {name: cost for one in made for name, cost in one["runs"].items()}
+
+
+def run_commands(made: Runs) -> str:
+    """The commands of run_cost.py."""
+    return "\n".join(f"- `{one['command']}`, {one['hardware']}, torch {one['versions']['torch']}" for one in made)
+
+
 def setting(run: dict[str, Any]) -> str:
     """Hardware, precision and versions of a run."""
     versions = run["versions"]

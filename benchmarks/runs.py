@@ -18,6 +18,11 @@ def load(prefix: str) -> Runs:
     return [{"name": path.stem, **json.loads(path.read_text())} for path in paths]
 
 
+def of(method: str, runs: Runs) -> Runs:
+    """Those of `runs` that were trained by `method`."""
+    return [run for run in runs if run["arguments"]["method"] == method]
+
+
 def mean(values: list[float], form: str = "{:.2f}") -> str:
     """The mean, with the standard deviation where there is more than one value."""
     text = form.format(statistics.mean(values))
