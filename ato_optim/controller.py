@@ -93,7 +93,7 @@ def controller_loss(
     """A scalar whose gradient in the gates is that of L + gamma R - beta log(capacity).
 
     The last term is not the authors': it prefers, among masks that cost the same, those which leave more capacity.
-    What these could still learn, the loss of a network that has just begun to learn does not say.
+    It weighs channels by what they have learned, of which the loss of one batch says little.
 
     Args:
         gates: (gates,), differentiable in the controller's weights.

@@ -13,7 +13,7 @@ from .unwrap import process_groups
 if TYPE_CHECKING:
     from .optimizer import ATO
 
-VERSION = 5
+VERSION = 6
 """Version of the format of state_dict()["ato"]."""
 
 

@@ -1,4 +1,4 @@
-"""Tables of what was measured with the defaults of before: docs/at_once.md and docs/experiments.md."""
+"""Tables of docs/at_once.md and docs/experiments.md: the defaults of before, and how today's was found."""
 
 from result_tables import (
     by_value,
@@ -159,7 +159,7 @@ def gradual_tables(magnitude: dict[str, dict[str, Runs]]) -> dict[str, str]:
     tables, made = {}, []
     for place, (usual, runs, control) in found.items():
         columns, norms = load(f"columns-{runs}-"), load(f"gradual-{runs}-")
-        groups = {"channels, at half time": usual, "columns, at half time": columns, default: norms}
+        groups = {"channels, at once": usual, "columns, at once": columns, default: norms}
         groups["cut by magnitude at half time"] = control
         tables[place] = variants(
             "what channels weigh, and how they go", {k: v for k, v in groups.items() if v}, default
@@ -172,12 +172,7 @@ def experiments_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/experiments.md; `cifar` are the runs of ResNet-20 with the default of before."""
     at_45, at_30 = budgets(cifar)["0.45"], budgets(cifar)["0.3"]
     longer, early, narrow = load("epochs18-resnet20-ato-"), load("early18-"), load("epochs22-resnet20-narrow-")
-    longest, scratch, strongest, by_hand = (
-        load("epochs25-resnet20-ato-"),
-        load("scratch-"),
-        load("which-"),
-        load("hand-"),
-    )
+    longest, scratch, by_hand = load("epochs25-resnet20-ato-"), load("scratch-"), load("hand-")
     equal = (
         ("dense", at_45["dense"], longest),
         ("narrow", narrow, at_45["ato"]),

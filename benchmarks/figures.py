@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from runs import METHODS, Runs, budgets, by_seed, grouped
+from runs import METHODS, Runs, budgets, by_seed, grouped, phases
 
 from ato_optim import Report, Width
 
@@ -56,6 +56,4 @@ def draw_report(run: dict[str, Any], path: Path) -> None:
     """The figure of a run's own report."""
     fields = run["report"]
     widths = tuple(Width(**width) for width in fields["widths"])
-    # Runs by commit dbd4340 have a boundary for the pull, too, which begins with the search.
-    boundaries = tuple(sorted({*fields["boundaries"]}))
-    Report(**{**fields, "widths": widths, "boundaries": boundaries}).figure().savefig(path, dpi=150)
+    Report(**{**fields, "widths": widths, "boundaries": phases(fields)}).figure().savefig(path, dpi=150)

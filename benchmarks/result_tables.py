@@ -156,7 +156,7 @@ def by_widths(runs: Runs) -> dict[str, Runs]:
 
 
 def variants(setting: str, groups: dict[str, Runs], default: str) -> str:
-    """One row a value of `setting`, of which `default` is what ATO does unasked."""
+    """One row a value of `setting`, of which `default` is the one that the others stand beside."""
     rows = []
     for value, members in sorted(groups.items()):
         ahead = "" if value == default else with_error(lead(groups[default], members))

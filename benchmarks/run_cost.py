@@ -20,6 +20,7 @@ from ato_optim import load_pruned
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models
+from runs import phases
 from step_cost import cases, measure, parser, publish, sgd
 
 IMAGE = (3, 32, 32)
@@ -32,7 +33,7 @@ def run_cost(report: dict[str, Any], ratio: dict[str, float]) -> dict[str, float
         report: the run's own, with the steps of its turns.
         ratio: of a step of each of step_cost's cases, and of the compressed network ("compressed").
     """
-    search, commit, zero = report["boundaries"]
+    search, commit, zero = phases(report)
     turns = [step for step, _ in report["history"] if step < commit]
     pulled = zero - search - len(turns)
     searched = search + pulled * ratio["pull on masked channels"] + len(turns) * ratio["controller turn"]

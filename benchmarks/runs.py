@@ -73,6 +73,11 @@ def training(run: dict[str, Any]) -> float:
     return dense + (1 - dense) * run["macs_kept"]
 
 
+def phases(report: dict[str, Any]) -> tuple[int, ...]:
+    """First steps of search, commit and zero; files by commit dbd4340 name the pull's, too, which is the search's."""
+    return tuple(sorted({*report["boundaries"]}))
+
+
 def budgets(runs: Runs) -> dict[str, dict[str, Runs]]:
     """Budget -> method -> runs; the dense network, which has none, is found under every budget, if it was trained."""
     dense = [run for run in runs if run["arguments"]["method"] == "dense"]

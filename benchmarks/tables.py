@@ -8,7 +8,18 @@ What stands in a page between <!-- NAME --> and <!-- end --> is written anew; th
 from earlier_tables import at_once_tables, experiments_tables
 from figures import draw_accuracy, draw_layers, draw_report
 from pages import fill
-from result_tables import PAPER, by_length, commands, comparison, other_cuts, paper_scale, removal, step_cost
+from result_tables import (
+    PAPER,
+    by_length,
+    commands,
+    comparison,
+    other_cuts,
+    paper_scale,
+    removal,
+    run_commands,
+    run_costs,
+    step_cost,
+)
 from runs import ROOT, Runs, budgets, load, of
 from zoo_tables import load_zoo, zoo_tables
 
@@ -43,7 +54,8 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     return {
         "comparison": comparison(cifar),
         "commands": commands(cifar),
-        "removal": removal(of("ato", cifar), {}),
+        "removal": removal(of("ato", cifar), run_costs(load("gradual-run_cost"))),
+        "run cost": run_commands(load("gradual-run_cost")),
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         **length_tables(budgets(cifar)["0.45"]),

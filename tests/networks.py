@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ato_optim.conditions import randomise
 
 SHORT = (0.1, 0.3, 0.32)
-"""Phases for runs of some dozen steps, of which the default's leave the controller next to none."""
+"""Phases for runs of some dozen steps, with a long end after the cut."""
 
 
 class Block(nn.Sequential):

@@ -44,7 +44,7 @@ def test_the_controller_gets_equally_far_whatever_the_number_of_turns(total_step
 @pytest.mark.parametrize("target", [0.3, 0.6])
 def test_the_mask_follows_the_budget_where_the_loss_has_no_say(turns, target):
     model = Residual()
-    total = math.ceil(turns * 2 / (SHORT[2] - SHORT[0]))
+    total = math.ceil(turns * 2 / (SHORT[1] - SHORT[0]))
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = ATO(base, model, example(), target_flops=target, total_steps=total, phases=SHORT, interval=2)
     search, schedule, plan = optimizer.search, optimizer.schedule, optimizer.plan
