@@ -35,6 +35,7 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     once, early = budgets(load("cut50-resnet20-"))["0.45"]["ato"], budgets(load("cut09-resnet20-"))["0.45"]["ato"]
     tried = {
         "ato": at_45["ato"] + load("gradual-epochs32-") + load("gradual-epochs64-"),
+        "ato, until 0.7": load("gradual70-"),
         "narrow in its blocks": load("uniform-epochs64-"),
         "at once, at 0.7": load("cut70-epochs64-"),
         "at once, at 0.5": once + load("cut50-epochs"),
@@ -44,7 +45,7 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
         "at once, at 0.09, beta=0": load("beta0-epochs32-"),
     }
     methods = controls | tried
-    made = [run for runs in methods.values() for run in runs if run["arguments"]["epochs"] > 16]
+    made = [run for runs in methods.values() for run in runs if run["arguments"]["epochs"] > 16] + load("gradual70-")
     return {"lengths": by_length(methods, seed=0), "lengths commands": commands(made)}
 
 
