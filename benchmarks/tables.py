@@ -69,7 +69,8 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     before = load("cifar10-resnet20-")
     controls = [run for run in before if run["arguments"]["method"] not in ("random", "ato")]
-    cifar = controls + load("random50-resnet20-") + load("gradual-epochs16-") + load("gradual-percent30-")
+    chance = load("gradual-random-resnet20-") + load("random50-resnet20-30-")
+    cifar = controls + chance + load("gradual-epochs16-") + load("gradual-percent30-")
     tables = results_tables(cifar)
     fill(ROOT / "docs" / "results.md", tables)
     fill(ROOT / "docs" / "at_once.md", at_once_tables(controls))
