@@ -98,7 +98,8 @@ def at_a_turn(network=Residual, base=momentum_sgd, **options):
     """A model and its ATO, the next training forward of which is a controller turn with closed gates."""
     model = network()
     base = base(model.parameters())
-    options = {"streams": 0, **options}  # so that every kind of gate closes
+    # Every kind of gate closes, and a step is the base optimizer's alone: a pull that takes so long is none.
+    options = {"streams": 0, "pull_time": 1e9, **options}
     optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=100, phases=SHORT, interval=3, **options)
     for x, y in batches(12):
 

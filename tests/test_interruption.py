@@ -143,7 +143,7 @@ def test_other_versions_inputs_and_optimizers_are_refused():
     with pytest.raises(ValueError, match=r"MACs of example_inputs=\d+, this ATO has"):
         other.load_state_dict(state)
     state["ato"]["version"] = 1
-    with pytest.raises(ValueError, match=r"format version 1, this ato_optim reads 5: go on with the ato_optim that wr"):
+    with pytest.raises(ValueError, match=r"format version 1, this ato_optim reads 6: go on with the ato_optim that wr"):
         optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match='no entry "ato"'):
         optimizer.load_state_dict(optimizer.base.state_dict())
