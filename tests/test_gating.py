@@ -312,8 +312,10 @@ def test_a_signal_in_the_backward_leaves_no_masked_weights_behind():
     x, y = next(iter(batches(1)))
     loss = F.cross_entropy(model(x), y)
     loss.register_hook(lambda _: engine.queue_callback(note))
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(KeyboardInterrupt) as interrupted:  # whose traceback holds all frames
         loss.backward()
+    signal.signal(signal.SIGINT, usual)
     assert interrupted.tb is not None and same(dict(model.named_parameters()), before)
 
 
