@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -108,16 +108,19 @@ def gate_gradient(model: nn.Module, table: GateTable, gates: Tensor, ascending: 
     Parameters named in `ascending` are trained to make what was differentiated larger: the loss is its negative.
     """
     times, parts = Counter(table.names), table.split(gates)
-    products = []
-    for k, name in enumerate(table.names):
-        parameter = model.get_parameter(name)
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        product = (parameter * (-gradient if name in ascending else gradient).conj()).real
-        if times[name] > 1:  # a weight that is read along both dimensions was masked along the other, too
-            others = (part for j, part in enumerate(parts) if j != k and table.names[j] == name)
-            product = math.prod((like(part, product) for part in others), start=product)
-        products.append(product)
-    return table.sum(products, len(gates)).float()
+
+    def products() -> Iterator[Tensor]:
+        for k, name in enumerate(table.names):
+            parameter = model.get_parameter(name)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            product = (parameter * (-gradient if name in ascending else gradient).conj()).real
+            if times[name] > 1:  # a weight that is read along both dimensions was masked along the other, too
+                others = (part for j, part in enumerate(parts) if j != k and table.names[j] == name)
+                product = math.prod((like(part, product) for part in others), start=product)
+            yield product
+
+    # One after the other: the products of all weights at once would leave the caches before they are summed.
+    return table.sum(products(), len(gates)).float()
 
 
 def masked_closure(closure: Callable[[], Any], turn: Masking) -> Callable[[], Any]:
