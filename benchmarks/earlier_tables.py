@@ -14,7 +14,7 @@ from result_tables import (
     streams,
     variants,
 )
-from runs import Runs, budgets, load, of
+from runs import Runs, beside_controls, budgets, load, of
 
 
 def preferred_tables(ato: dict[str, dict[str, Runs]], vgg: Runs, deeper: Runs) -> dict[str, str]:
@@ -92,9 +92,7 @@ def at_once_tables(controls: Runs) -> dict[str, str]:
     """All of docs/at_once.md; `controls` are the runs of dense, narrow and magnitude on ResNet-20."""
     cifar = controls + load("random50-resnet20-") + load("cut50-resnet20-")
     at_45, ato = budgets(cifar)["0.45"], of("ato", cifar)
-    deeper = of("narrow", load("epochs16-resnet56-")) + of("magnitude", load("epochs16-resnet56-"))
-    deeper += load("cut50-resnet56-")
-    vgg = load("epochs16-vgg11_bn-narrow-") + load("cut50-vgg11_bn-")
+    vgg, deeper = beside_controls("vgg11_bn", "cut50"), beside_controls("resnet56", "cut50")
     ablation, own, chance = load("ablation-"), load("own-widths-"), load("early-random-")
     early = load("cut09-resnet20-")
     costs = run_costs(load("run_cost"))

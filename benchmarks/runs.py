@@ -23,6 +23,12 @@ def of(method: str, runs: Runs) -> Runs:
     return [run for run in runs if run["arguments"]["method"] == method]
 
 
+def beside_controls(model: str, default: str) -> Runs:
+    """Runs of `model` in 16 epochs: thin, cut by magnitude, and of ato with the default that its files begin with."""
+    controls = load(f"epochs16-{model}-")
+    return of("narrow", controls) + of("magnitude", controls) + load(f"{default}-{model}-")
+
+
 def mean(values: list[float], form: str = "{:.2f}") -> str:
     """The mean, with the standard deviation where there is more than one value."""
     text = form.format(statistics.mean(values))

@@ -5,12 +5,15 @@
 What stands in a page between <!-- NAME --> and <!-- end --> is written anew; the rest is prose.
 """
 
+from typing import Any
+
 from earlier_tables import at_once_tables, experiments_tables
 from figures import draw_accuracy, draw_layers, draw_report
 from pages import fill
 from result_tables import (
     PAPER,
     by_length,
+    by_value,
     commands,
     comparison,
     other_cuts,
@@ -19,8 +22,9 @@ from result_tables import (
     run_commands,
     run_costs,
     step_cost,
+    variants,
 )
-from runs import ROOT, Runs, budgets, load, of
+from runs import ROOT, Runs, beside_controls, budgets, load, of
 from zoo_tables import load_zoo, zoo_tables
 
 FIGURES = ROOT / "docs" / "figures"
@@ -49,17 +53,29 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     return {"lengths": by_length(methods, seed=0), "lengths commands": commands(made)}
 
 
+def network_tables(costs: dict[str, Any]) -> dict[str, str]:
+    """Today's default on other networks, and one change of it at a time; `costs` are those of run_cost.py."""
+    ablation = load("gradual8-")
+    tables = {"ablation": variants("change", by_value(ablation), "default"), "ablation commands": commands(ablation)}
+    for place, model in (("vgg", "vgg11_bn"), ("deeper", "resnet56")):
+        runs = beside_controls(model, "gradual")
+        found = {place: comparison(runs), f"{place} removal": removal(of("ato", runs), costs)}
+        tables |= {**found, f"{place} commands": commands(runs)}
+    return tables
+
+
 def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
-    controls = load("control-") + load("steps-")
+    controls, costs = load("control-") + load("steps-"), run_costs(load("gradual-run_cost"))
     return {
         "comparison": comparison(cifar),
         "commands": commands(cifar),
-        "removal": removal(of("ato", cifar), run_costs(load("gradual-run_cost"))),
+        "removal": removal(of("ato", cifar), costs),
         "run cost": run_commands(load("gradual-run_cost")),
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         **length_tables(budgets(cifar)["0.45"]),
+        **network_tables(costs),
         "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "step cost": step_cost(),
     }
