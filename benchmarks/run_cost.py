@@ -2,12 +2,11 @@
 
     python benchmarks/run_cost.py OUT/cifar10-resnet20-ato-0.json OUT/cifar10-resnet20-ato-1.json
 
-Takes finished runs of train.py on images of 3 x 32 x 32, each with its compressed network beside it (.pt). Steps of
-every kind are measured in one process, taking turns, and added up as often as the run made them: what else the machine
-did while it trained does not enter.
+Takes the JSON files of finished runs of train.py on images of 3 x 32 x 32. Steps of every kind are measured in one
+process, taking turns, and added up as often as the run made them: what else the machine did while it trained does not
+enter.
 """
 
-import copy
 import json
 import shlex
 import sys
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 
-from ato_optim import load_pruned
-
 sys.path.insert(0, str(Path(__file__).parent))
 import models
+from controls import of_widths
 from runs import phases
 from step_cost import cases, measure, parser, publish, sgd
 
@@ -49,8 +47,9 @@ def measured(path: Path, rounds: int) -> dict[str, Any]:
     run = json.loads(path.read_text())
     arguments, classes = run["arguments"], list(run["widths"].values())[-1]
     dense = models.build(arguments["model"], classes, IMAGE).to(memory_format=torch.channels_last)
-    small = load_pruned(copy.deepcopy(dense), path.with_suffix(".pt")).train()
     images = torch.randn(arguments["batch"], *IMAGE).to(memory_format=torch.channels_last)
+    # What a step takes is a matter of widths, not of weights. torch-pruning, unlike ATO, loses the memory format.
+    small = of_widths(dense, images[:2], run["widths"]).to(memory_format=torch.channels_last)
     labels = torch.randint(classes, (len(images),))
     runs = {**cases(dense.train(), images, rounds), "compressed": (small, sgd(small))}
     found = measure(runs, images, labels, rounds)

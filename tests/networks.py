@@ -93,6 +93,20 @@ class Flatten(nn.Module):
 NETWORKS = [Residual, Concat, Depthwise, SqueezeExcitation, Flatten]
 
 
+class Waves(nn.Module):
+    """A complex layer between real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 6, dtype=torch.complex64)
+        self.three, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.one(x.mean(2).transpose(1, 2)))
+        x = torch.relu(self.three(self.two(torch.complex(x, x / 2)).abs()))
+        return self.fc(x.mean(1))
+
+
 def example(batch: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import SHORT, Block, Concat, Residual, example
+from networks import SHORT, Block, Concat, Residual, Waves, example
 from torch import nn
 
 from ato_optim import ATO
@@ -114,6 +114,16 @@ def test_a_channel_weighs_the_norms_of_what_produces_and_of_what_reads_it():
         rows = torch.cat([conv.weight.flatten(1), norm.weight[:, None], norm.bias[:, None]], 1).norm(dim=1)
         expected.append(rows * reader.weight.transpose(0, 1).flatten(1).norm(dim=1))
     torch.testing.assert_close(weights_of(optimizer), torch.cat(expected).detach(), rtol=1e-4, atol=0)
+
+
+def test_what_a_complex_layer_reads_weighs_the_same_whatever_its_phase():
+    model = Waves()
+    groups = make_plan(model, example(), call, [], set(model.parameters())).groups
+    assert "two.weight" in groups.consumers.names
+    before = channel_weights(groups, model)
+    with torch.no_grad():
+        model.two.weight.mul_(1j)
+    assert torch.equal(channel_weights(groups, model), before)
 
 
 def test_what_is_pulled_to_zero_weighs_next_to_nothing():

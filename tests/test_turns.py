@@ -6,7 +6,7 @@ from collections import UserDict
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SHORT, Residual, batches, example
+from networks import SHORT, Residual, Waves, batches, example
 from torch import Tensor, nn
 
 from ato_optim import ATO
@@ -288,20 +288,6 @@ class Tied(nn.Module):
     def forward(self, x):
         x = torch.relu(self.stem(x))
         return self.fc((x + torch.relu(self.two(torch.relu(self.one(x))))).mean((2, 3)))
-
-
-class Waves(nn.Module):
-    """A complex layer between real ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 6, dtype=torch.complex64)
-        self.three, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = torch.relu(self.one(x.mean(2).transpose(1, 2)))
-        x = torch.relu(self.three(self.two(torch.complex(x, x / 2)).abs()))
-        return self.fc(x.mean(1))
 
 
 @pytest.mark.parametrize("network", [Tied, Waves])
