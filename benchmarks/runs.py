@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"dense": "#555b61", "narrow": "#e08214", "magnitude": "#7b3294", "random": "#4d9221", "ato": "#2166ac"}
+METHODS = {
+    "dense": "#555b61",
+    "narrow": "#e08214",
+    "magnitude": "#7b3294",
+    "random": "#4d9221",
+    "norms": "#c51b7d",
+    "ato": "#2166ac",
+}
+"""Method of train.py -> its colour in figures."""
 
 Runs = list[dict[str, Any]]
 

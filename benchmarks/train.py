@@ -6,7 +6,8 @@
 
 Methods, all with the same epochs, recipe, seed and order of the data:
     ato        the optimizer of this package around SGD
-    random     the same with scores drawn by chance instead of the controller's logits (chance.py)
+    random     the same with scores drawn by chance instead of the controller's logits (searches.py)
+    norms      the same with a controller that is told nothing of the loss, so that norms and costs decide
     dense      SGD alone
     narrow     every layer thinned by the same factor before the first step, then SGD; with --widths, to the widths
                that another run ended with
@@ -38,9 +39,9 @@ from ato_optim import ATO, load_pruned, save_pruned
 sys.path.insert(0, str(Path(__file__).parent))
 import data
 import models
-from chance import leave_to_chance
 from controls import narrow, of_widths, prune_by_magnitude
 from measure import commit, evaluate, hardware, latency, macs
+from searches import SEARCHES, knowing_less
 
 RECORDED = (
     "model",
@@ -60,7 +61,7 @@ RECORDED = (
     "pruner",
     "widths",
 )
-PRUNING = ("ato", "random")
+PRUNING = ("ato", *SEARCHES)
 """Methods that ATO carries out."""
 RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
@@ -185,7 +186,7 @@ class Run:
             sgd, self.model, self.example,
             target_flops=self.args.target_flops, total_steps=self.total, **{"seed": self.args.seed, **self.args.ato},
         )  # fmt: skip
-        return leave_to_chance(optimizer) if self.args.method == "random" else optimizer
+        return optimizer if self.args.method == "ato" else knowing_less(optimizer, self.args.method)
 
     @property
     def cuts(self) -> dict[int, float]:

@@ -12,6 +12,7 @@ import torch
 from networks import SHORT, Residual, batches, example
 
 from ato_optim import ATO
+from ato_optim.capacity import channel_weights
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "train.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -22,10 +23,10 @@ pytest.importorskip("matplotlib")
 import figures
 import models
 import result_tables
-from chance import leave_to_chance
 from measure import macs
 from run_cost import run_cost
 from runs import training
+from searches import knowing_less
 from train import Run, arguments
 
 
@@ -39,7 +40,7 @@ def run(folder, *options):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("method", ["dense", "narrow", "magnitude", "random"])
+@pytest.mark.parametrize("method", ["dense", "narrow", "magnitude", "random", "norms"])
 def test_controls(method, tmp_path):
     result = run(tmp_path, "--method", method)
     assert result["macs_kept"] == 1 if method == "dense" else 0.43 < result["macs_kept"] < 0.46
@@ -289,9 +290,8 @@ def test_chance_keeps_its_mask_within_every_budget_of_the_moment_and_resumes():
     for seed in (0, 1):
         model = Residual()
         base = torch.optim.SGD(model.parameters(), lr=0.05)
-        optimizer = leave_to_chance(
-            ATO(base, model, example(), target_flops=0.5, total_steps=60, phases=SHORT, seed=seed)
-        )
+        own = ATO(base, model, example(), target_flops=0.5, total_steps=60, phases=SHORT, seed=seed)
+        optimizer = knowing_less(own, "random")
         for x, y in batches(60):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x), y).backward()
@@ -304,3 +304,20 @@ def test_chance_keeps_its_mask_within_every_budget_of_the_moment_and_resumes():
         masks.append(optimizer.mask)
         optimizer.compress()
     assert not torch.equal(*masks)
+
+
+def test_a_controller_of_norms_hears_nothing_of_the_loss_and_is_otherwise_the_same():
+    def learned(method, gradient):
+        torch.manual_seed(0)
+        model = Residual()
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=60, phases=SHORT)
+        search = (knowing_less(optimizer, method) if method == "norms" else optimizer).search
+        weights = channel_weights(optimizer.plan.groups, model)
+        for step in range(5):
+            search.learn(step, gradient * torch.linspace(-1, 1, len(weights)), weights, 0.5)
+        return search.controller()
+
+    unheard = learned("ato", 0.0)
+    assert torch.equal(learned("norms", 100.0), unheard) and torch.equal(learned("norms", -100.0), unheard)
+    assert not torch.equal(learned("ato", 100.0), unheard)

@@ -1,4 +1,4 @@
-"""The control of the controller: ATO as it is, but for a search that leaves the choice of channels to chance."""
+"""The controls of the controller: ATO as it is, but for a search that knows less."""
 
 from typing import Any
 
@@ -46,8 +46,22 @@ class Chance(Search):
         self.budget = state["budget"]
 
 
-def leave_to_chance(optimizer: ATO) -> ATO:
-    """`optimizer`, before its first step, with Chance for its search."""
+class Norms(Search):
+    """The controller without the loss: it learns from the capacity, and so from norms, and from the budget alone."""
+
+    def __init__(self, own: Search):
+        super().__init__(own.plan, own.least, own.target, *own.settings.values())
+
+    def learn(self, step: int, gate_gradient: Tensor, weights: Tensor, budget: float) -> None:
+        super().learn(step, torch.zeros_like(gate_gradient), weights, budget)
+
+
+SEARCHES = {"random": Chance, "norms": Norms}
+"""By the name of the method in train.py."""
+
+
+def knowing_less(optimizer: ATO, method: str) -> ATO:
+    """`optimizer`, before its first step, with the search of `method` instead of its own."""
     if optimizer.search is not None:
-        optimizer.search = Chance(optimizer.search)
+        optimizer.search = SEARCHES[method](optimizer.search)
     return optimizer
