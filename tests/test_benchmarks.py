@@ -24,7 +24,7 @@ import figures
 import models
 import result_tables
 from measure import macs
-from run_cost import run_cost
+from run_cost import measured, run_cost
 from runs import training
 from searches import knowing_less
 from train import Run, arguments
@@ -258,6 +258,24 @@ def test_a_run_costs_what_its_steps_cost():
     found = run_cost(report, ratio)
     assert found["early"] == sum(searched + 12 * [0.5]) / 20
     assert found["at the end"] == sum(searched + 12 * [1.125]) / 20
+
+
+def test_what_a_run_costs_is_measured_on_a_network_of_the_widths_in_its_file(monkeypatch):
+    path = SCRIPT.parent / "results" / "gradual-epochs16-resnet20-ato-0.json"
+    finished = json.loads(path.read_text())
+    measured_on = {}
+
+    def measure(runs, images, labels, rounds):
+        measured_on.update({name: network for name, (network, _) in runs.items()}, images=images)
+        return {"ratio_to_SGD": dict.fromkeys(runs, 1.0)}
+
+    monkeypatch.setattr("run_cost.measure", measure)
+    assert measured(path, rounds=1)["run"] == {"early": 1, "at the end": 1}
+    assert len(measured_on["images"]) == finished["arguments"]["batch"]
+    for name, expected in (("SGD", "dense_parameters"), ("compressed", "parameters")):
+        parameters = list(measured_on[name].parameters())
+        assert sum(p.numel() for p in parameters) == finished[expected]
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in parameters if p.ndim == 4)
 
 
 def test_runs_of_different_budgets_have_names_of_their_own():
