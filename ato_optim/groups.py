@@ -100,11 +100,6 @@ class GateTable:
         values = torch.cat([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
         return segment_sums(values[self._order], torch.bincount(self.gate, minlength=gates + 1))[:gates]
 
-    def squared(self, model: nn.Module) -> list[Tensor]:
-        """The squares of the parameters' entries."""
-        sizes = torch._foreach_abs(self.parameters(model))
-        return list(torch._foreach_mul(sizes, sizes))
-
     @cached_property
     def _order(self) -> Tensor:
         """All positions, gate by gate."""

@@ -217,11 +217,7 @@ class ATO(torch.optim.Optimizer):
         if saved["cut"] is not None and self.cut is None:
             self._apply(Cut(**saved["cut"]))
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ato"})
-        self.step_count, self.last_turn = saved["step_count"], saved["last_turn"]
-        self.history = [tuple(entry) for entry in saved["history"]]
-        self.mask = saved["mask"].to(self.plan.device)
-        if self.search is not None:
-            self.search.load_state_dict(saved["search"])
+        resume.unpack(self, saved)
         self._detach()
         self._attach()
         if saved["turn_begun"]:

@@ -79,7 +79,8 @@ def norms_and_rates(table: GateTable, model: nn.Module, rates: Mapping[str, Any]
         table: the entries of the groups, of which there are `gates`.
         rates: parameter name -> learning rate, a number or scalar tensor.
     """
-    of_entries = table.squared(model)
+    sizes = torch._foreach_abs(table.parameters(model))
+    of_entries = torch._foreach_mul(sizes, sizes)
     squares = table.sum(of_entries, gates)
     moved = table.sum(torch._foreach_mul(of_entries, [float(rates[name]) for name in table.names]), gates)
     return squares.sqrt(), moved / squares.clamp_min(torch.finfo(squares.dtype).tiny)

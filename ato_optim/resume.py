@@ -70,6 +70,15 @@ def pack(ato: ATO) -> dict[str, Any]:
     }
 
 
+def unpack(ato: ATO, saved: dict[str, Any]) -> None:
+    """Take over what `pack` gave, but for the cut, which goes before the base optimizer's state, and a turn begun."""
+    ato.step_count, ato.last_turn = saved["step_count"], saved["last_turn"]
+    ato.history = [tuple(item) for item in saved["history"]]
+    ato.mask = saved["mask"].to(ato.plan.device)
+    if ato.search is not None:
+        ato.search.load_state_dict(saved["search"])
+
+
 def entry(state_dict: dict[str, Any], ato: ATO) -> dict[str, Any]:
     """The pruning's entry of `state_dict`, if `ato` can go on from it.
 
