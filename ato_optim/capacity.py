@@ -52,7 +52,7 @@ def channel_weights(groups: Groups, model: nn.Module) -> Tensor:
         # One after the other: the squares of all weights at once would leave the caches before they are summed.
         squares = table.sum((p.abs().square() for p in table.parameters(model)), groups.num_gates).float()
         norms.append((squares + NEGLIGIBLE * squares.mean() + torch.finfo(squares.dtype).tiny).sqrt())
-    return (norms[0] * norms[1]).sqrt()
+    return norms[0] * norms[1]
 
 
 def capacity(kept: Tensor, whole: Tensor, chain: Tensor) -> Tensor:
