@@ -53,10 +53,17 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     return {"lengths": by_length(methods, seed=0), "lengths commands": commands(made)}
 
 
-def network_tables(costs: dict[str, Any]) -> dict[str, str]:
-    """Today's default on other networks, and one change of it at a time; `costs` are those of run_cost.py."""
-    ablation = load("gradual8-")
-    tables = {"ablation": variants("change", by_value(ablation), "default"), "ablation commands": commands(ablation)}
+def network_tables(costs: dict[str, Any], default: Runs) -> dict[str, str]:
+    """Today's default on other networks, and one change of it at a time.
+
+    `costs` are those of run_cost.py, `default` the runs of 16 epochs.
+    """
+    ablation, longer = load("gradual8-"), load("gradual16-")
+    tables = {
+        "ablation": variants("change", by_value(ablation), "default"),
+        "ablation 16": variants("change", by_value(longer) | {"default": default}, "default"),
+        "ablation commands": commands(ablation + longer),
+    }
     for place, model in (("vgg", "vgg11_bn"), ("deeper", "resnet56")):
         runs = beside_controls(model, "gradual")
         found = {place: comparison(runs), f"{place} removal": removal(of("ato", runs), costs)}
@@ -75,7 +82,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         **length_tables(budgets(cifar)["0.45"]),
-        **network_tables(costs),
+        **network_tables(costs, budgets(cifar)["0.45"]["ato"]),
         "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "step cost": step_cost(),
     }
