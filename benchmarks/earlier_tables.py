@@ -156,13 +156,14 @@ def gradual_tables(magnitude: dict[str, dict[str, Runs]]) -> dict[str, str]:
     }
     tables, made = {}, []
     for place, (usual, runs, control) in found.items():
-        columns, norms = load(f"columns-{runs}-"), load(f"gradual-{runs}-")
+        columns, norms, roots = (load(f"{weights}-{runs}-") for weights in ("columns", "gradual", "roots"))
         groups = {"channels, at once": usual, "columns, at once": columns, default: norms}
+        groups["roots of norms, a few at a time"] = roots
         groups["cut by magnitude at half time"] = control
         tables[place] = variants(
             "what channels weigh, and how they go", {k: v for k, v in groups.items() if v}, default
         )
-        made += columns + norms
+        made += columns + norms + roots
     return {**tables, "gradual commands": commands(made)}
 
 
