@@ -16,6 +16,8 @@ from result_tables import (
     by_value,
     commands,
     comparison,
+    equal_cost,
+    from_scratch,
     other_cuts,
     paper_scale,
     removal,
@@ -53,6 +55,21 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     return {"lengths": by_length(methods, seed=0), "lengths commands": commands(made)}
 
 
+def cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
+    """What runs are worth at equal cost of training, and widths by themselves; `at_45` are those of 16 epochs."""
+    longer, narrow, scratch = load("gradual-epochs22-"), load("epochs26-resnet20-narrow-"), load("gradual-scratch-")
+    pairs = (
+        ("dense", at_45["dense"], longer),
+        ("narrow", narrow, at_45["ato"]),
+        ("magnitude", at_45["magnitude"], at_45["ato"]),
+    )
+    return {
+        "equal cost": equal_cost(pairs),
+        "own widths": from_scratch(scratch),
+        "cost commands": commands(longer + narrow + scratch),
+    }
+
+
 def network_tables(costs: dict[str, Any], default: Runs) -> dict[str, str]:
     """Today's default on other networks, and one change of it at a time.
 
@@ -74,6 +91,7 @@ def network_tables(costs: dict[str, Any], default: Runs) -> dict[str, str]:
 def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     controls, costs = load("control-") + load("steps-"), run_costs(load("gradual-run_cost"))
+    at_45 = budgets(cifar)["0.45"]
     return {
         "comparison": comparison(cifar),
         "commands": commands(cifar),
@@ -81,8 +99,9 @@ def results_tables(cifar: Runs) -> dict[str, str]:
         "run cost": run_commands(load("gradual-run_cost")),
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
-        **length_tables(budgets(cifar)["0.45"]),
-        **network_tables(costs, budgets(cifar)["0.45"]["ato"]),
+        **length_tables(at_45),
+        **cost_tables(at_45),
+        **network_tables(costs, at_45["ato"]),
         "paper scale": paper_scale({model: load(f"cifar10-{model}-") for model, *_ in PAPER}),
         "step cost": step_cost(),
     }
