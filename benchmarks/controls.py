@@ -4,9 +4,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch_pruning as tp
 from measure import macs
 from torch import Tensor, nn
+
+MAGNITUDE = tp.importance.GroupMagnitudeImportance(p=2)
 
 
 def classifier(model: nn.Module) -> nn.Module:
@@ -14,8 +17,18 @@ def classifier(model: nn.Module) -> nn.Module:
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
 
 
-def thinned(model: nn.Module, example: Tensor, width: Callable[[str, int], int]) -> nn.Module:
-    """A copy of `model` in which a layer of n channels keeps the first width(name, n) of them, one at least."""
+def first(group: tp.Group) -> Tensor:
+    """What says that of the channels of a group the first ones count most."""
+    return torch.arange(len(group[0].idxs), 0, -1)
+
+
+def thinned(
+    model: nn.Module,
+    example: Tensor,
+    width: Callable[[str, int], int],
+    importance: Callable[[tp.Group], Tensor] = first,
+) -> nn.Module:
+    """A copy of `model` in which a layer of n channels keeps width(name, n) of them, one at least, by `importance`."""
     small = copy.deepcopy(model)
     names = {module: name for name, module in small.named_modules()}
     graph = tp.DependencyGraph().build_dependency(small, example)
@@ -23,7 +36,8 @@ def thinned(model: nn.Module, example: Tensor, width: Callable[[str, int], int])
         root, prune = group[0].dep.target.module, group[0].dep.handler
         channels = graph.get_out_channels(root)
         kept = max(1, width(names[root], channels))
-        graph.get_pruning_group(root, prune, list(range(kept, channels))).prune()
+        removed = importance(group).argsort(descending=True)[kept:].tolist()
+        graph.get_pruning_group(root, prune, removed).prune()
     return small.train()
 
 
@@ -37,9 +51,11 @@ def narrow(model: nn.Module, example: Tensor, wanted: float) -> nn.Module:
     return min(networks, key=lambda network: abs(macs(network, example) - wanted))
 
 
-def of_widths(model: nn.Module, example: Tensor, widths: dict[str, int]) -> nn.Module:
-    """The copy of `model` that has the `widths` of another run, by layer, and the start of its own seed."""
-    return thinned(model, example, lambda name, _: widths[name])
+def of_widths(
+    model: nn.Module, example: Tensor, widths: dict[str, int], importance: Callable[[tp.Group], Tensor] = first
+) -> nn.Module:
+    """The copy of `model` that has the `widths` of another run, by layer; `importance` says with which channels."""
+    return thinned(model, example, lambda name, _: widths[name], importance)
 
 
 def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float, **pruner_arguments: Any) -> None:
@@ -52,8 +68,7 @@ def prune_by_magnitude(model: nn.Module, example: Tensor, wanted: float, **prune
     ignored = [model.get_submodule(name) for name in pruner_arguments.get("ignored_layers", ())]
     chosen = {"global_pruning": True, "pruning_ratio": 0.98, **pruner_arguments}
     chosen["ignored_layers"] = [*ignored, classifier(model)]
-    importance = tp.importance.GroupMagnitudeImportance(p=2)
-    pruner = tp.pruner.BasePruner(model, example, importance, iterative_steps=steps, **chosen)
+    pruner = tp.pruner.BasePruner(model, example, MAGNITUDE, iterative_steps=steps, **chosen)
     for _ in range(steps):
         pruner.step()
         if macs(model, example) <= wanted:

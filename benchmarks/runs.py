@@ -73,6 +73,28 @@ def with_error(values: list[float]) -> str:
     return f"{statistics.mean(values):+.2f}{error}"
 
 
+def show(result: dict[str, Any]) -> str:
+    """The result as a table for a terminal."""
+    at_cut = result["at_cut"]
+    rows = [("", "trained", "compressed")]
+    if at_cut:
+        ms = at_cut["latency_ms"]
+        rows.append(
+            ("test accuracy at the cut, %", f"{at_cut['accuracy_before']:.2f}", f"{at_cut['accuracy_after']:.2f}")
+        )
+        rows.append(("latency of 64 images, ms", f"{ms['before']:.2f}", f"{ms['after']:.2f}"))
+    rows.append(("MACs", f"{result['dense_macs']:,}", f"{result['macs']:,} ({result['macs_kept']:.1%})"))
+    rows.append(("parameters", f"{result['dense_parameters']:,}", f"{result['parameters']:,}"))
+    rows.append(("final test accuracy, %", "", f"{result['accuracy']:.2f}"))
+    lines = [f"{name:28s} {before:>12s} {after:>20s}" for name, before, after in rows]
+    if at_cut:
+        lines.append(
+            f"largest difference of their logits: {at_cut['largest_logit_difference']:.1e}"
+            f" (largest logit {at_cut['largest_logit']:.1f})"
+        )
+    return "\n".join(lines)
+
+
 def training(run: dict[str, Any]) -> float:
     """MACs of the training over those of a dense run: the whole network up to the cut, what is kept after it.
 

@@ -12,7 +12,8 @@ Methods, all with the same epochs, recipe, seed and order of the data:
     narrow     every layer thinned by the same factor before the first step, then SGD; with --widths, to the widths
                that another run ended with
     magnitude  torch-pruning's one-shot global group magnitude (L2) at half time, then SGD goes on; --cut-at moves the
-               cut, --cuts makes several of it, --pruner changes what torch-pruning does at it
+               cut, --cuts makes several of it, --pruner changes what torch-pruning does at it; with --widths, the
+               magnitude only says which channels of each layer stay
 """
 
 import argparse
@@ -39,8 +40,9 @@ from ato_optim import ATO, load_pruned, save_pruned
 sys.path.insert(0, str(Path(__file__).parent))
 import data
 import models
-from controls import narrow, of_widths, prune_by_magnitude
+from controls import MAGNITUDE, narrow, of_widths, prune_by_magnitude
 from measure import commit, evaluate, hardware, latency, macs
+from runs import show
 from searches import SEARCHES, knowing_less
 
 RECORDED = (
@@ -82,7 +84,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, default=224, help="side that images of an ImageFolder tree are resized to")
     add("--early", action="store_true", help="remove the channels as soon as they are zero, not at the end")
     add("--ato", type=json.loads, default={}, help='further arguments of ATO as JSON: {"round_to": 8}')
-    add("--widths", metavar="JSON", help="for narrow: file of the run whose widths it takes")
+    add("--widths", metavar="JSON", help="for narrow and magnitude: file of the run whose widths they take")
     add("--cut-at", type=float, default=0.5, help="for magnitude: share of the run at which it cuts")
     add("--cuts", type=int, default=1, help="for magnitude: number of equal cuts, evenly up to that share of the run")
     add("--pruner", type=json.loads, default={}, help="for magnitude: further arguments of torch-pruning's BasePruner")
@@ -164,9 +166,9 @@ class Run:
         self.model = dense.train()
         self.dense_macs = macs(self.model, self.example)
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
-        if args.method == "narrow" and args.widths:
-            widths = json.loads(Path(args.widths).read_text())["widths"]
-            self.model = of_widths(self.model, self.example, widths)
+        self.widths = json.loads(Path(args.widths).read_text())["widths"] if args.widths else None
+        if args.method == "narrow" and self.widths:
+            self.model = of_widths(self.model, self.example, self.widths)
         elif args.method == "narrow":
             self.model = narrow(self.model, self.example, args.target_flops * self.dense_macs)
         self._compile()
@@ -196,9 +198,7 @@ class Run:
 
     def train_step(self) -> float:
         if self.args.method == "magnitude" and self.step in self.cuts:
-            wanted = self.cuts[self.step] * self.dense_macs
-            prune_by_magnitude(self.model, self.example, wanted, **self.args.pruner)
-            self.optimizer = self._optimizer()
+            self.cut()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.args, self.step, self.batches.per_epoch)
         images, labels = self.batches(self.step)
@@ -212,6 +212,16 @@ class Run:
         if self.args.method in PRUNING and (at_the_end or self.args.early) and self.optimizer.removable:
             self.remove()
         return loss.item()
+
+    def cut(self) -> None:
+        """By magnitude: to the budget of the step, or, with --widths, to those of another run."""
+        if self.widths:
+            self.model = of_widths(self.model, self.example, self.widths, MAGNITUDE)
+            self._compile()
+        else:
+            wanted = self.cuts[self.step] * self.dense_macs
+            prune_by_magnitude(self.model, self.example, wanted, **self.args.pruner)
+        self.optimizer = self._optimizer()
 
     def remove(self) -> None:
         """Compress, and measure the network on both sides of the cut."""
@@ -287,28 +297,6 @@ class Run:
             "seconds": round(self.seconds, 1),
             "report": self.optimizer.report().as_dict() if self.args.method in PRUNING else None,
         }  # fmt: skip
-
-
-def show(result: dict[str, Any]) -> str:
-    """The result as a table for a terminal."""
-    at_cut = result["at_cut"]
-    rows = [("", "trained", "compressed")]
-    if at_cut:
-        ms = at_cut["latency_ms"]
-        rows.append(
-            ("test accuracy at the cut, %", f"{at_cut['accuracy_before']:.2f}", f"{at_cut['accuracy_after']:.2f}")
-        )
-        rows.append(("latency of 64 images, ms", f"{ms['before']:.2f}", f"{ms['after']:.2f}"))
-    rows.append(("MACs", f"{result['dense_macs']:,}", f"{result['macs']:,} ({result['macs_kept']:.1%})"))
-    rows.append(("parameters", f"{result['dense_parameters']:,}", f"{result['parameters']:,}"))
-    rows.append(("final test accuracy, %", "", f"{result['accuracy']:.2f}"))
-    lines = [f"{name:28s} {before:>12s} {after:>20s}" for name, before, after in rows]
-    if at_cut:
-        lines.append(
-            f"largest difference of their logits: {at_cut['largest_logit_difference']:.1e}"
-            f" (largest logit {at_cut['largest_logit']:.1f})"
-        )
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

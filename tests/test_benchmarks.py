@@ -92,6 +92,22 @@ def test_a_thin_network_takes_the_widths_of_another_run(tmp_path):
     assert removed[0] == removed[1]
 
 
+def test_a_cut_to_the_widths_of_another_run_leaves_the_channels_of_the_largest_norms(tmp_path):
+    path = SCRIPT.parent / "results" / "gradual-epochs16-resnet20-ato-0.json"
+    widths = json.loads(path.read_text())["widths"]
+    options = ["--method", "magnitude", "--widths", str(path), "--cut-at", "0", "--lr", "0", "--out", str(tmp_path)]
+    run = Run(arguments(options))
+    dense = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train_step()
+    assert run.result()["widths"] == widths
+    for name, block in run.model.stages.named_children():
+        out, read = (dense[f"stages.{name}.conv{k}.weight"] for k in (1, 2))
+        norms = out.square().sum((1, 2, 3)) + read.square().sum((0, 2, 3))
+        kept = norms.topk(widths[f"stages.{name}.conv1"]).indices.sort().values
+        torch.testing.assert_close(block.conv1.weight, out[kept], rtol=0, atol=0)
+        torch.testing.assert_close(block.conv2.weight, read[:, kept], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("early", [(), ("--early",)])
 def test_a_killed_run_goes_on_to_the_same_result(early, tmp_path):
     whole = run(tmp_path / "whole", *early)
