@@ -89,6 +89,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cuts", type=int, default=1, help="for magnitude: number of equal cuts, evenly up to that share of the run")
     add("--pruner", type=json.loads, default={}, help="for magnitude: further arguments of torch-pruning's BasePruner")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=["bfloat16", "float32"], help="of autocast; default: bfloat16 where the hardware has it")
     add("--compile", action="store_true", help="train through torch.compile; evaluation stays eager")
     add("--threads", type=int, help="CPU threads; default: torch's")
     add("--out", type=Path, default=Path("runs"), help="folder of checkpoint, JSON and figure")
@@ -100,6 +101,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # As it was called, but for the names of folders, which are nobody else's.
     folders = {str(args.data_dir): "DIR", str(args.out): "OUT"}
     args.argv = [folders.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
+    args.precision = args.precision or ("bfloat16" if has_bfloat16(torch.device(args.device)) else "float32")
     args.epochs = args.epochs or (64 if args.data == "digits" else 16)
     # Runs of different budgets in one folder must not go on from each other's checkpoints.
     budget = "" if args.method == "dense" else f"-{100 * args.target_flops:g}"
@@ -117,12 +119,10 @@ def reread(args: argparse.Namespace, path: Path) -> dict[str, float]:
     return json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware has it, else None for float32: emulated it is ten times slower."""
-    if device.type == "cuda":
-        return torch.bfloat16
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16: emulated it is ten times slower than float32."""
     has = torch.cpu.get_capabilities()
-    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else None
+    return device.type == "cuda" or bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def learning_rate(args: argparse.Namespace, step: int, per_epoch: int) -> float:
@@ -159,7 +159,6 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.commit = args, commit()
         self.device = torch.device(args.device)
-        self.amp = amp_dtype(self.device)
         self.batches, self.test, dense = setting(args)
         self.total = args.epochs * self.batches.per_epoch
         self.example = self.batches.normalise(self.batches.split.images[:2])
@@ -202,7 +201,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.args, self.step, self.batches.per_epoch)
         images, labels = self.batches(self.step)
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
             loss = F.cross_entropy(self.model(images), labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -285,7 +284,7 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "commit": self.commit,
                          "torchvision": torchvision.__version__, "torch_pruning": version("torch-pruning")},
             "hardware": hardware(self.device),
-            "precision": str(self.amp or torch.float32),
+            "precision": f"torch.{self.args.precision}",
             "accuracy": accuracy,
             "at_cut": self.at_cut,
             "macs": kept // len(self.example),

@@ -108,6 +108,16 @@ def test_a_cut_to_the_widths_of_another_run_leaves_the_channels_of_the_largest_n
         torch.testing.assert_close(block.conv2.weight, read[:, kept], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_run_trains_in_the_precision_that_it_is_told_and_says_so(precision, tmp_path):
+    run = Run(arguments(["--method", "dense", "--precision", precision, "--out", str(tmp_path)]))
+    dtypes = []
+    run.model.stem[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    run.train_step()
+    assert dtypes == [getattr(torch, precision)]
+    assert run.result()["precision"] == f"torch.{precision}"
+
+
 @pytest.mark.parametrize("early", [(), ("--early",)])
 def test_a_killed_run_goes_on_to_the_same_result(early, tmp_path):
     whole = run(tmp_path / "whole", *early)
