@@ -17,7 +17,6 @@ from result_tables import (
     commands,
     comparison,
     equal_cost,
-    from_scratch,
     other_cuts,
     paper_scale,
     removal,
@@ -57,7 +56,9 @@ def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
 
 def cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     """What runs are worth at equal cost of training, and widths by themselves; `at_45` are those of 16 epochs."""
-    longer, narrow, scratch = load("gradual-epochs22-"), load("epochs26-resnet20-narrow-"), load("gradual-scratch-")
+    longer, narrow = load("gradual-epochs22-"), load("epochs26-resnet20-narrow-")
+    scratch, cut, found = load("gradual-scratch-"), load("gradual-widths-"), "ato's run, a few channels at a time"
+    ways = {found: at_45["ato"], "small from the start": scratch, "whole until half time, cut by magnitude": cut}
     pairs = (
         ("dense", at_45["dense"], longer),
         ("narrow", narrow, at_45["ato"]),
@@ -65,8 +66,8 @@ def cost_tables(at_45: dict[str, Runs]) -> dict[str, str]:
     )
     return {
         "equal cost": equal_cost(pairs),
-        "own widths": from_scratch(scratch),
-        "cost commands": commands(longer + narrow + scratch),
+        "own widths": variants("how a network comes to these widths", ways, found),
+        "cost commands": commands(longer + narrow + scratch + cut),
     }
 
 
