@@ -52,7 +52,7 @@ def grouped(runs: Runs, *keys: str) -> dict[tuple[str, ...], Runs]:
 
 
 def by_seed(runs: Runs) -> dict[int, float]:
-    """The accuracy of each seed; one that was run more than once, in other precisions say, counts with its mean."""
+    """The accuracy of each seed; one that was run more than once counts with its mean."""
     found: dict[int, list[float]] = defaultdict(list)
     for run in runs:
         found[run["arguments"]["seed"]].append(run["accuracy"])

@@ -92,12 +92,15 @@ def network_tables(costs: dict[str, Any], default: Runs) -> dict[str, str]:
 def results_tables(cifar: Runs) -> dict[str, str]:
     """All of docs/results.md; `cifar` are the runs of ResNet-20 that the comparison shows."""
     controls, costs = load("control-") + load("steps-"), run_costs(load("gradual-run_cost"))
+    float32 = load("float32-resnet20-")
     at_45 = budgets(cifar)["0.45"]
     return {
         "comparison": comparison(cifar),
         "commands": commands(cifar),
         "removal": removal(of("ato", cifar), costs),
         "run cost": run_commands(load("gradual-run_cost")),
+        "float32": comparison(float32),
+        "float32 commands": commands(float32),
         "controls": other_cuts(controls, cifar),
         "control commands": commands(controls),
         **length_tables(at_45),
@@ -123,8 +126,7 @@ def main() -> None:
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     at_45 = budgets(cifar)["0.45"]
     draw_report(at_45["ato"][0], FIGURES / "widths.png")
-    # The first runs were made before widths were recorded.
-    draw_layers([run for members in at_45.values() for run in members if "widths" in run], FIGURES / "layers.png")
+    draw_layers([run for members in at_45.values() for run in members], FIGURES / "layers.png")
 
 
 if __name__ == "__main__":
