@@ -1,4 +1,4 @@
-"""Finished runs of train.py: reading them, grouping them, and statistics over their seeds."""
+"""Finished runs of train.py: reading them, showing one, grouping them, and statistics over their seeds."""
 
 import json
 import statistics
