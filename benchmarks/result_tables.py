@@ -71,7 +71,7 @@ def other_cuts(controls: Runs, runs: Runs) -> str:
     for budget, methods in budgets(runs).items():
         same = [run for run in controls if str(run["arguments"]["target_flops"]) == budget]
         for (cut_at, cuts, _), members in grouped(same, "cut_at", "cuts", "pruner").items():
-            when = f"up to {cut_at}, {cuts} times" if cuts not in ("", "1") else cut_at
+            when = f"up to {cut_at}, {cuts} times" if cuts != "1" else cut_at
             pruner = short(members[0]["arguments"]["pruner"])
             found = compared("magnitude", {**methods, "magnitude": members})
             rows.append([percent(float(budget)), when, pruner, *found])

@@ -17,6 +17,9 @@ METHODS = {
 }
 """Method of train.py -> its colour in figures."""
 
+BEFORE = {"cut_at": 0.5, "cuts": 1}
+"""What runs did that are older than the argument: their files do not name it."""
+
 Runs = list[dict[str, Any]]
 
 
@@ -43,11 +46,16 @@ def mean(values: list[float], form: str = "{:.2f}") -> str:
     return f"{text} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else text
 
 
+def argument(run: dict[str, Any], key: str) -> Any:
+    """The value of an argument of train.py's; "" where it had no such yet and nothing went in its place."""
+    return run["arguments"].get(key, BEFORE.get(key, ""))
+
+
 def grouped(runs: Runs, *keys: str) -> dict[tuple[str, ...], Runs]:
-    """`runs` by the values of some of their arguments ("" where train.py had no such yet), in the order of METHODS."""
+    """`runs` by the values of some of their arguments, in the order of METHODS."""
     groups: dict[tuple[str, ...], Runs] = defaultdict(list)
     for run in sorted(runs, key=lambda run: list(METHODS).index(run["arguments"]["method"])):
-        groups[tuple(str(run["arguments"].get(key, "")) for key in keys)].append(run)
+        groups[tuple(str(argument(run, key)) for key in keys)].append(run)
     return groups
 
 
@@ -100,12 +108,11 @@ def training(run: dict[str, Any]) -> float:
 
     Of several equal cuts each share of the network that goes counts up to its own, on the mean.
     """
-    arguments = run["arguments"]
     if run["at_cut"]:
         dense = run["at_cut"]["step"] / run["report"]["total_steps"]
-    else:  # the first runs of magnitude do not say when: it could not be moved
-        dense = {"dense": 1.0, "narrow": 0.0, "magnitude": arguments.get("cut_at", 0.5)}[arguments["method"]]
-        dense *= (1 + 1 / arguments.get("cuts", 1)) / 2
+    else:
+        dense = {"dense": 1.0, "narrow": 0.0, "magnitude": argument(run, "cut_at")}[run["arguments"]["method"]]
+        dense *= (1 + 1 / argument(run, "cuts")) / 2
     return dense + (1 - dense) * run["macs_kept"]
 
 

@@ -115,7 +115,7 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     before = load("cifar10-resnet20-")
     controls = [run for run in before if run["arguments"]["method"] not in ("random", "ato")]
-    chance = load("gradual-random-resnet20-") + load("random50-resnet20-30-")
+    chance = load("gradual-random-resnet20-")
     cifar = controls + chance + load("gradual-epochs16-") + load("gradual-percent30-")
     tables = results_tables(cifar)
     fill(ROOT / "docs" / "results.md", tables)
