@@ -65,11 +65,12 @@ class Report:
     def __str__(self) -> str:
         gates = sum(width.before for width in self.widths)
         macs, parameters = self.macs_after / max(1, self.macs_before), self.parameters_after / self.parameters_before
+        doing = f"phase {self.phase}" if self.target_flops < 1 else "nothing is pruned at this budget"
         rows = [
-            f"step {self.step} of {self.total_steps}, phase {self.phase}",
+            f"step {self.step} of {self.total_steps}, {doing}",
             f"{len(self.widths)} prunable groups of layers with {gates:,} channels; "
             f"{self.prunable_flops:.1%} of the MACs can be pruned, the least budget is {self.least_flops:.3f}",
-            f"MACs       {self.macs_before:>15,} -> {self.macs_after:>15,} {macs:7.1%} of {self.target_flops:.1%}",
+            f"MACs       {self.macs_before:>15,} -> {self.macs_after:>15,} {macs:7.1%} (budget {self.target_flops:.1%})",
             f"parameters {self.parameters_before:>15,} -> {self.parameters_after:>15,} {parameters:7.1%}",
             "",
             "width before  least  after  layers",
@@ -103,12 +104,15 @@ class Report:
             *((0, 1.0), *self.history, (self.step, self.history[-1][1] if self.history else 1.0)), strict=True
         )
         budget.step(steps, [100 * share for share in shares], where="post", color="#2166ac", label="MACs of the mask")
-        budget.axhline(100 * self.target_flops, color="#b2182b", linewidth=1, linestyle="--", label="budget")
+        search, commit, _ = self.boundaries
+        end, kept = max(self.total_steps, self.step), 100 * self.target_flops
+        falling = [100, 100, kept, kept]
+        budget.plot([0, search, commit, end], falling, color="#b2182b", linewidth=1, linestyle="--", label="budget")
         spans = {"search": "#e6eaee", "commit": "#bcc5ce"}
-        for (name, shade), (begin, end) in zip(spans.items(), pairwise(self.boundaries), strict=True):
-            budget.axvspan(begin, end, color=shade, linewidth=0, zorder=0, label=name)
+        for (name, shade), span in zip(spans.items(), pairwise(self.boundaries), strict=True):
+            budget.axvspan(*span, color=shade, linewidth=0, zorder=0, label=name)
         budget.set_ylim(0, 105)
-        budget.set_xlim(0, max(self.total_steps, self.step))
+        budget.set_xlim(0, end)
         budget.set_xlabel("step")
         budget.set_ylabel("% of dense MACs")
         budget.set_title("Budget over time", loc="left", fontsize=10)

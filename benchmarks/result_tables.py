@@ -25,6 +25,10 @@ COMPARED = (
 )  # fmt: skip
 """Columns of a method in a comparison, after its name."""
 
+WHOLE = "magnitude, streams whole"
+OTHERS = ("dense", "narrow", "magnitude", WHOLE, "random")
+"""What ato stands beside in a summary."""
+
 
 def comparison(runs: Runs) -> str:
     """One row a budget and method: accuracy, change against dense, lead of ato, what is kept, cost of training."""
@@ -48,6 +52,15 @@ def compared(method: str, methods: dict[str, Runs]) -> list[str]:
         training_cost(members),
         f"{len(by_seed(members))}",
     ]
+
+
+def summary(settings: dict[str, dict[str, Runs]]) -> str:
+    """One row a setting, whose runs are given by method: what ato is ahead of the others, and with how many seeds."""
+    rows = []
+    for setting, methods in settings.items():
+        ahead = [lead(methods["ato"], methods.get(other, [])) for other in OTHERS]
+        rows.append([setting, *(f"{with_error(points)} ({len(points)})" if points else "" for points in ahead)])
+    return table(["ato against", *OTHERS], rows)
 
 
 def parameters(runs: Runs) -> str:
@@ -209,11 +222,15 @@ def setting(run: dict[str, Any]) -> str:
 
 
 def commands(runs: Runs) -> str:
-    """The commands that made `runs`, folded, under the hardware, precision and versions that they ran with."""
+    """The files of `runs`, what made them, and of which commit: folded, by hardware, precision and versions."""
     which = "The command of this run" if len(runs) == 1 else f"The commands of these {len(runs)} runs"
-    parts = [f"<details><summary>{which}</summary>"]
+    parts = [f'<details markdown="1"><summary>{which}</summary>']
     for found in sorted({setting(run) for run in runs}):
-        lines = [f"- `{run['command']}`" for run in runs if setting(run) == found]
+        lines = [
+            f"- `{run['name']}.json`, commit {run['versions']['commit']}: `{run['command']}`"
+            for run in runs
+            if setting(run) == found
+        ]
         parts.append("\n".join([f"On {found}:", "", *lines]))
     return "\n\n".join([*parts, "</details>"])
 

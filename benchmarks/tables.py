@@ -9,9 +9,10 @@ from typing import Any
 
 from earlier_tables import at_once_tables, experiments_tables
 from figures import draw_accuracy, draw_layers, draw_report
-from pages import fill
+from pages import fill, percent
 from result_tables import (
     PAPER,
+    WHOLE,
     by_length,
     by_value,
     commands,
@@ -23,12 +24,29 @@ from result_tables import (
     run_commands,
     run_costs,
     step_cost,
+    summary,
     variants,
 )
 from runs import ROOT, Runs, beside_controls, budgets, load, of
 from zoo_tables import load_zoo, zoo_tables
 
 FIGURES = ROOT / "docs" / "figures"
+
+
+def all_settings(cifar: Runs, float32: Runs) -> dict[str, dict[str, Runs]]:
+    """What was trained, by setting and method; `cifar` and `float32` are the runs of ResNet-20 in 16 epochs."""
+    settings: dict[str, dict[str, Runs]] = {}
+    for budget, methods in budgets(cifar).items():
+        share = percent(float(budget))
+        whole = load(f"control-streams-{share.removesuffix(' %')}-")
+        settings[f"ResNet-20, {share}, 16 epochs"] = {**methods, WHOLE: whole}
+    settings["the same at 45 % in float32"] = budgets(float32)["0.45"]
+    for epochs in (32, 64):
+        runs = load(f"epochs{epochs}-resnet20-") + load(f"gradual-epochs{epochs}-")
+        settings[f"ResNet-20, 45 %, {epochs} epochs"] = budgets(runs)["0.45"]
+    for name, model in (("ResNet-56", "resnet56"), ("VGG-11", "vgg11_bn")):
+        settings[f"{name}, 45 %, 16 epochs"] = budgets(beside_controls(model, "gradual"))["0.45"]
+    return settings
 
 
 def length_tables(at_45: dict[str, Runs]) -> dict[str, str]:
@@ -95,6 +113,7 @@ def results_tables(cifar: Runs) -> dict[str, str]:
     float32 = load("float32-resnet20-")
     at_45 = budgets(cifar)["0.45"]
     return {
+        "summary": summary(all_settings(cifar, float32)),
         "comparison": comparison(cifar),
         "commands": commands(cifar),
         "removal": removal(of("ato", cifar), costs),
@@ -122,7 +141,7 @@ def main() -> None:
     fill(ROOT / "docs" / "at_once.md", at_once_tables(controls))
     fill(ROOT / "docs" / "experiments.md", experiments_tables(before))
     fill(ROOT / "docs" / "models.md", zoo_tables(load_zoo()))
-    fill(ROOT / "README.md", {"comparison": tables["comparison"]})
+    fill(ROOT / "README.md", {name: tables[name] for name in ("comparison", "summary")})
     draw_accuracy(cifar, FIGURES / "accuracy.png")
     at_45 = budgets(cifar)["0.45"]
     draw_report(at_45["ato"][0], FIGURES / "widths.png")

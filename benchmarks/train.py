@@ -73,30 +73,35 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="resnet20", help="resnet20, resnet56 or a torchvision classification model")
     add("--data", default="digits", choices=["digits", "cifar10", "cifar100", "imagefolder"])
-    add("--data-dir", type=Path)
+    add("--data-dir", type=Path, help="folder that holds the data set: required, but for digits")
     add("--method", default="ato", choices=[*PRUNING, "dense", "narrow", "magnitude"])
-    add("--target-flops", type=float, default=0.45, help="share of the dense network's MACs that is kept")
+    add("--target-flops", type=float, default=0.45, help="share of the dense network's MACs that is kept (0.45)")
     add("--epochs", type=int, help="default: 64 on digits, 16 elsewhere")
-    add("--batch", type=int, default=128)
-    add("--lr", type=float, default=0.2, help="peak learning rate")
-    add("--warmup-epochs", type=float, default=1.5)
-    add("--seed", type=int, default=0)
-    add("--size", type=int, default=224, help="side that images of an ImageFolder tree are resized to")
+    add("--batch", type=int, default=128, help="samples a step (128)")
+    add("--lr", type=float, default=0.2, help="peak learning rate (0.2)")
+    add("--warmup-epochs", type=float, default=1.5, help="epochs of linear warm-up (1.5)")
+    add("--seed", type=int, default=0, help="of weights, data order, augmentation and controller (0)")
+    add("--size", type=int, default=224, help="side that images of an ImageFolder tree are resized to (224)")
     add("--early", action="store_true", help="remove the channels as soon as they are zero, not at the end")
     add("--ato", type=json.loads, default={}, help='further arguments of ATO as JSON: {"round_to": 8}')
     add("--widths", metavar="JSON", help="for narrow and magnitude: file of the run whose widths they take")
-    add("--cut-at", type=float, default=0.5, help="for magnitude: share of the run at which it cuts")
-    add("--cuts", type=int, default=1, help="for magnitude: number of equal cuts, evenly up to that share of the run")
+    add("--cut-at", type=float, default=0.5, help="for magnitude: share of the run at which it cuts (0.5)")
+    add(
+        "--cuts",
+        type=int,
+        default=1,
+        help="for magnitude: number of equal cuts, evenly up to that share of the run (1)",
+    )
     add("--pruner", type=json.loads, default={}, help="for magnitude: further arguments of torch-pruning's BasePruner")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=["bfloat16", "float32"], help="of autocast; default: bfloat16 where the hardware has it")
     add("--compile", action="store_true", help="train through torch.compile; evaluation stays eager")
     add("--threads", type=int, help="CPU threads; default: torch's")
-    add("--out", type=Path, default=Path("runs"), help="folder of checkpoint, JSON and figure")
+    add("--out", type=Path, default=Path("runs"), help="folder of checkpoint, JSON and figure (runs)")
     add("--name", help="name of the run; default: data-model-method-percent-seed")
     add("--resume", action="store_true", help="go on from the run's own checkpoint, if there is one")
     add("--evaluate", type=Path, metavar="FILE", help="train nothing: print accuracy and MACs of the network in FILE")
-    add("--save-every", type=float, default=60, metavar="S", help="seconds between checkpoints")
+    add("--save-every", type=float, default=60, metavar="S", help="seconds between checkpoints (60)")
     args = parser.parse_args(argv)
     # As it was called, but for the names of folders, which are nobody else's.
     folders = {str(args.data_dir): "DIR", str(args.out): "OUT"}
