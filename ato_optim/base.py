@@ -15,12 +15,18 @@ def option(base: Optimizer, model: nn.Module, key: str) -> dict[str, Any]:
     return {name: value_of[id(p)] for name, p in model.named_parameters() if id(p) in value_of}
 
 
+def attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """What `optimizer` holds besides its state and its groups, and the lists of these."""
+    lists = [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
+    own = {key: value for key, value in vars(optimizer).items() if key != "state"}
+    return {key: value for key, value in own.items() if all(value is not known for known in lists)}
+
+
 def with_inner(base: Optimizer) -> list[Optimizer]:
     """`base` and the optimizers that it holds, as Lookahead and ZeroRedundancyOptimizer do."""
     found = [base]
     for one in found:
-        held = {key: value for key, value in vars(one).items() if key not in ("state", "param_groups")}
-        inner = [leaf for leaf in _pytree.tree_leaves(held) if isinstance(leaf, Optimizer)]
+        inner = [leaf for leaf in _pytree.tree_leaves(attributes(one)) if isinstance(leaf, Optimizer)]
         found += [other for other in inner if all(other is not known for known in found)]
     return found
 

@@ -72,14 +72,15 @@ def solve(
         low, high = (middle, high) if fits else (low, middle - 1)
     mask = always | (position_of_gate < low)
 
-    while True:  # fill what is left, best first: the next lot of each layer group is a candidate
-        closed = torch.where(mask, num_lots, position_of_gate)
-        following = torch.full((num_layers,), num_lots, device=scores.device)
-        following = following.scatter_reduce(0, layer_of_gate, closed, "amin")
-        for candidate in following[following < num_lots].sort().values.tolist():
-            wider = mask | (position_of_gate == candidate)
+    # Fill what is left, best first. MACs only grow: of a layer group whose next lot does not fit none ever will.
+    layer_of_position = torch.empty_like(position).index_copy(0, position_of_gate, layer_of_gate).tolist()
+    full = set()
+    for at in range(low, num_lots):
+        layer = layer_of_position[at]
+        if layer not in full:
+            wider = mask | (position_of_gate == at)
             if cost(wider).item() <= budget:
                 mask = wider
-                break
-        else:
-            return mask
+            else:
+                full.add(layer)
+    return mask

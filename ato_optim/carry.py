@@ -3,86 +3,101 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
-from .base import with_inner
+from .base import attributes, with_inner
 from .compress import Cut, apply_cut, select
+from .sharding import is_sharded
+from .unwrap import tensors_in
+
+_WAY_OUT = "use compress(inplace=False), and a new optimizer to train on"
+
+Kept = dict[str, dict[int, list[int]]]
+"""Parameter name -> dimension -> positions that stay."""
 
 
-def obstacle(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], dense: dict[str, list[int]]) -> str:
-    """Why `optimizer` cannot follow a cut of what it trains, with the way out; empty if it can.
+def cut_states(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], kept: Kept, dense: dict[str, list[int]]
+) -> Iterator[tuple[dict[Any, Any], Tensor, dict[Any, Any]]]:
+    """For each parameter in `kept`: what holds its state, the parameter, and its state cut. Nothing is changed.
 
     What cannot be cut is an optimizer with lists of parameters of its own, and state that is no parameter's: a vector
-    over all of them, as LBFGS has, or rows and columns of them, as factored second moments.
+    over all of them, as LBFGS has, rows and columns of them, as factored second moments, or tensors inside of objects.
 
     Args:
         names: of the model's parameters.
         dense: shape of each parameter before the cut, by its name.
+
+    Raises:
+        ValueError: saying why `optimizer` cannot follow, with the way out.
     """
-    way_out = "use compress(inplace=False), and a new optimizer to train on"
     for inner in with_inner(optimizer):
+        kind = f"base_optimizer ({type(inner).__name__})"
         if inner.param_groups is not optimizer.param_groups:
-            return (
+            raise ValueError(
                 f"base_optimizer ({type(optimizer).__name__}) holds another optimizer ({type(inner).__name__}), whose "
-                f"lists cannot follow the cut: {way_out}"
+                f"lists cannot follow the cut: {_WAY_OUT}"
             )
-        # parameters of a group that was added, not the model's, stay as they are
-        states = [(dense[names[p]], state) for p, state in inner.state.items() if p in names]
-        stuck = [key for shape, state in states for key, value in state.items() if not _follows(value, shape)]
-        if stuck:
-            return (
-                f"the state '{stuck[0]}' of base_optimizer ({type(inner).__name__}) does not belong to one "
-                f"parameter each and cannot follow the cut: {way_out}"
-            )
-    return ""
+        for attribute, value in attributes(inner).items():
+            if any(isinstance(leaf, Tensor) and leaf in names for leaf in _pytree.tree_leaves(value)):
+                raise ValueError(
+                    f"{kind} keeps parameters in its attribute '{attribute}', which cannot follow the cut: {_WAY_OUT}"
+                )
+        for owner, state in inner.state.items():
+            if isinstance(owner, Tensor) and owner not in names:
+                continue  # of a group that was added, not the model's: it stays as it is
+            name = names.get(owner, "")
+            entries = state if isinstance(state, dict) and name else {name or owner: state}
+            smaller = {}
+            for key, value in entries.items():
+                try:
+                    smaller[key] = _selected(value, kept.get(name, {}), dense.get(name, []))
+                except Exception as error:  # tensors of other classes may refuse to be indexed
+                    why = f"{type(error).__name__}: {error}"
+                    raise ValueError(
+                        f"the state '{key}' of {kind} cannot follow the cut ({why}): {_WAY_OUT}"
+                    ) from error
+            if name in kept and entries is state:
+                yield inner.state, owner, smaller
+
+
+def _selected(value: Any, kept: dict[int, list[int]], dense: list[int]) -> Any:
+    """The `kept` positions of an entry of the state of a parameter of shape `dense`."""
+    if isinstance(value, Tensor) and value.ndim:
+        if value.ndim != len(dense) or any(n not in (1, size) for n, size in zip(value.shape, dense, strict=True)):
+            raise ValueError(f"its shape {list(value.shape)} is not that of one parameter")
+        return select(value, kept, dense)
+    if any(tensor.ndim for tensor in tensors_in(value)):
+        raise ValueError(f"it is a {type(value).__name__} that holds tensors")
+    return value
 
 
 def warn_of_obstacle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Say after the first step, when there is a state, what compress() would raise when it comes to cut it."""
+    if is_sharded(model):  # refused in place anyway
+        return
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    found = obstacle(optimizer, names, {name: list(p.shape) for p, name in names.items()})
-    if found:
-        warnings.warn(f"compress() in place will fail: {found}", stacklevel=5)
-
-
-def _follows(value: Any, dense: list[int]) -> bool:
-    """Whether an entry of the state of a parameter of shape `dense` belongs to its positions, or to none of them."""
-    if isinstance(value, Tensor) and value.ndim:
-        return value.ndim == len(dense) and all(n in (1, size) for n, size in zip(value.shape, dense, strict=True))
-    return not isinstance(value, (list, tuple))
-
-
-def carry_state(
-    optimizer: torch.optim.Optimizer,
-    cut: Cut,
-    names: dict[Tensor, str],
-    replaced: dict[nn.Parameter, nn.Parameter],
-) -> None:
-    """Put the new parameters into `optimizer` and index its state over, in place.
-
-    Args:
-        names: names of the old parameters in the model.
-        replaced: old parameter -> new parameter, from apply_cut.
-    """
-    for group in optimizer.param_groups:
-        group["params"][:] = [replaced.get(p, p) for p in group["params"]]
-    for state_of in [one.state for one in with_inner(optimizer)]:
-        for old, new in replaced.items():
-            state = state_of.pop(old, None)
-            if state is not None:
-                kept, dense = cut.kept[names[old]], cut.dense[names[old]]
-                state_of[new] = {
-                    key: select(value, kept, dense) if isinstance(value, Tensor) and value.ndim else value
-                    for key, value in state.items()
-                }
+    dense = {name: list(p.shape) for p, name in names.items()}
+    firsts = {name: {dim: list(range(size)[:1]) for dim, size in enumerate(shape)} for name, shape in dense.items()}
+    try:
+        for _ in cut_states(optimizer, names, firsts, dense):
+            pass
+    except ValueError as error:
+        warnings.warn(f"compress() in place will fail: {error}", stacklevel=5)
 
 
 def apply_cut_in_training(cut: Cut, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Cut `model` in place and carry the state of the `optimizer` that trains it over."""
+    """Cut `model` in place, and the state of the `optimizer` that trains it; neither, if either is refused."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    if found := obstacle(optimizer, names, cut.dense):
-        raise ValueError(found)
-    carry_state(optimizer, cut, names, apply_cut(cut, model))
+    states = list(cut_states(optimizer, names, cut.kept, cut.dense))
+    replaced: dict[Any, nn.Parameter] = apply_cut(cut, model)
+    for group in optimizer.param_groups:
+        group["params"][:] = [replaced.get(p, p) for p in group["params"]]
+    for holder, old, smaller in states:
+        del holder[old]
+        holder[replaced[old]] = smaller

@@ -80,13 +80,17 @@ def module(argument: str, value: Any) -> None:
 
 
 def unowned(model: nn.Module) -> None:
-    """No ATO that has not compressed yet has the model."""
-    owner = owner_of(model)
-    if owner is not None and owner.cut is None:
-        raise ValueError(
-            f"model ({type(model).__name__}) already has an ATO, at step {owner.step_count}: use that one, or "
-            "drop it first (del optimizer, and whatever holds it)"
-        )
+    """No ATO that has not compressed yet has the model, a part of it, or a model that it is a part of."""
+    parts = set(model.modules())
+    for owned in list(OWNERS):
+        owner = owner_of(owned)
+        related = owned in parts or model in set(owned.modules())
+        if related and owner is not None and owner.cut is None:
+            whose = "" if owned is model else f" for its {'part' if owned in parts else 'whole'} {type(owned).__name__}"
+            raise ValueError(
+                f"model ({type(model).__name__}) already has an ATO{whose}, at step {owner.step_count}: use that one, "
+                "or drop it first (del optimizer, and whatever holds it)"
+            )
 
 
 PATIENCE = 5

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class CostModel:
         gates = gates.double()
         return self.constant + (self.unit * self.inputs(gates) * self.outputs(gates)).sum()
 
-    @property
+    @cached_property
     def dense(self) -> float:
         """The count with all gates open."""
         return self(torch.ones(self.num_gates, device=self.unit.device)).item()

@@ -153,6 +153,10 @@ class ATO(torch.optim.Optimizer):
         if not any(param_group is group for group in self.param_groups):
             self.base.add_param_group(param_group)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's: it may do more there."""
+        self.base.zero_grad() if set_to_none else self.base.zero_grad(set_to_none=False)
+
     @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the base optimizer's, and the pull on masked channels.
@@ -303,6 +307,7 @@ class ATO(torch.optim.Optimizer):
 
     # --- the smaller network -------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def compress(self, model: nn.Module | None = None, inplace: bool = True) -> nn.Module:
         """Remove the zeroed channels for good and return the smaller network.
 

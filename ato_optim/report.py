@@ -65,12 +65,13 @@ class Report:
     def __str__(self) -> str:
         gates = sum(width.before for width in self.widths)
         macs, parameters = self.macs_after / max(1, self.macs_before), self.parameters_after / self.parameters_before
+        kept = f"{macs:7.1%} (budget {self.target_flops:.1%})"
         doing = f"phase {self.phase}" if self.target_flops < 1 else "nothing is pruned at this budget"
         rows = [
             f"step {self.step} of {self.total_steps}, {doing}",
             f"{len(self.widths)} prunable groups of layers with {gates:,} channels; "
             f"{self.prunable_flops:.1%} of the MACs can be pruned, the least budget is {self.least_flops:.3f}",
-            f"MACs       {self.macs_before:>15,} -> {self.macs_after:>15,} {macs:7.1%} (budget {self.target_flops:.1%})",
+            f"MACs       {self.macs_before:>15,} -> {self.macs_after:>15,} {kept}",
             f"parameters {self.parameters_before:>15,} -> {self.parameters_after:>15,} {parameters:7.1%}",
             "",
             "width before  least  after  layers",

@@ -65,7 +65,7 @@ def pack(ato: ATO) -> dict[str, Any]:
         "turn_begun": ato.turn_begun,
         "mask": ato.mask.clone(),
         "history": [list(entry) for entry in ato.history],
-        "search": None if ato.search is None else ato.search.state_dict(),
+        "search": ato.search.state_dict() if ato.search is not None and ato.searching else None,
         "cut": None if ato.cut is None else asdict(ato.cut),
     }
 
@@ -75,7 +75,7 @@ def unpack(ato: ATO, saved: dict[str, Any]) -> None:
     ato.step_count, ato.last_turn = saved["step_count"], saved["last_turn"]
     ato.history = [tuple(item) for item in saved["history"]]
     ato.mask = saved["mask"].to(ato.plan.device)
-    if ato.search is not None:
+    if ato.search is not None and saved["search"] is not None:
         ato.search.load_state_dict(saved["search"])
 
 

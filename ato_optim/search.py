@@ -76,7 +76,7 @@ class Search:
         `weights` (gates,) are those of the channels in the capacity, `budget` is the share of the dense MACs that it
         shall keep at `step`.
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(self.plan.device.type, enabled=False):
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
             left = capacity(self._by_layer(gates * weights), self._by_layer(weights), self.chain)

@@ -113,6 +113,21 @@ def test_a_model_that_has_an_ato():
     assert optimizer.model is model
 
 
+def test_a_part_and_a_whole_of_a_model_that_has_an_ato():
+    """Both would mask the same layers; one that is left in its search would do so in every step."""
+    whole = nn.Sequential(Residual(), nn.ReLU(), nn.Linear(5, 3))
+    first = build(whole)
+    with pytest.raises(ValueError, match="Residual. already has an ATO for its whole Sequential, at step 0"):
+        build(whole[0])
+    del first
+    gc.collect()
+    part = build(whole[0])
+    with pytest.raises(ValueError, match="Sequential. already has an ATO for its part Residual, at step 0"):
+        build(whole)
+    other = build(nn.Sequential(Residual()))
+    assert part.model is whole[0] and other is not None
+
+
 def test_a_model_whose_ato_was_dropped_is_taken():
     model = Residual()
     optimizer = build(model)

@@ -1,7 +1,10 @@
 """What a cut carries over, what it refuses, and models of kinds that are cut like any other."""
 
+import collections
 import copy
 import threading
+import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -304,3 +307,95 @@ def test_a_model_that_cannot_be_copied_is_refused_by_what_it_holds():
     base = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(ValueError, match=r"cannot be copied \(TypeError: cannot pickle.*lock"):
         ATO(base, model, example(), target_flops=0.6, total_steps=100, phases=SHORT)
+
+
+class Refusing(torch.Tensor):
+    """A state that cannot be indexed, as that of optimizers in 8 bits."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function is torch.Tensor.index_select:
+            raise NotImplementedError("index_select of a Refusing")
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+class Holding(torch.optim.SGD):
+    """Keeps something else than a tensor a parameter in its state."""
+
+    def __init__(self, parameters, kind):
+        super().__init__(parameters, lr=0.05)
+        self.kind, self.own = kind, [1]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                made = torch.zeros_like(p)
+                if self.kind == "subclass":
+                    self.state[p]["slow"] = made.as_subclass(Refusing)
+                elif self.kind == "dict":
+                    self.state[p]["slow"] = {"m": made}
+                elif self.kind == "deque":
+                    self.state[p]["slow"] = collections.deque([made])
+                elif self.kind == "key":
+                    self.state["slow"] = {p: made}
+                else:
+                    self.slow = [p for group in self.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("kind", ["subclass", "dict", "deque", "key", "attribute"])
+def test_a_state_that_cannot_follow_is_said_at_once_and_nothing_is_changed(kind):
+    torch.manual_seed(0)
+    model = Residual()
+    optimizer = ATO(Holding(model.parameters(), kind), model, example(), target_flops=0.5, total_steps=20, phases=SHORT)
+    with pytest.warns(UserWarning, match="compress.. in place will fail: .*slow'.* cannot follow the cut"):
+        train(model, optimizer, 20)
+    before, shapes = list(model.parameters()), [p.shape for p in model.parameters()]
+    with pytest.raises(ValueError, match="slow'.* cannot follow the cut"):
+        optimizer.compress()
+    assert all(old is new for old, new in zip(before, model.parameters(), strict=True))
+    assert [p.shape for p in model.parameters()] == shapes and optimizer.param_groups[0]["params"] == before
+    assert set(map(id, optimizer.state)) <= {id(p) for p in before} | {id("slow")} and optimizer.phase == "zero"
+    train(model, optimizer, 2)
+    assert difference(model.eval()(example()), optimizer.compress(inplace=False).eval()(example())) < 1e-5
+
+
+def test_numbers_and_lists_of_the_groups_follow():
+    """What holds no tensors, and the very lists that are changed in place."""
+
+    class Plain(torch.optim.SGD):
+        def step(self, closure=None):
+            self.all = self.param_groups[0]["params"]
+            for p in self.all:
+                self.state[p]["betas"] = (0.9, [1, 2])
+            return super().step(closure)
+
+    torch.manual_seed(0)
+    model = Residual()
+    base = Plain(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="total_steps")
+        train(model, optimizer, 20)
+    optimizer.compress()
+    assert [id(p) for p in base.all] == [id(p) for p in model.parameters()]
+    assert all(optimizer.state[p]["betas"] == (0.9, [1, 2]) for p in model.parameters())
+
+
+def test_zero_grad_is_the_bases():
+    class Counting(torch.optim.SGD):
+        calls: ClassVar = []
+
+        def zero_grad(self, set_to_none=True):
+            self.calls.append(set_to_none)
+            super().zero_grad(set_to_none)
+
+    model = Residual()
+    optimizer = ATO(Counting(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=20)
+    model(example()).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert all(not p.grad.any() for p in model.parameters())
+    optimizer.zero_grad()
+    assert Counting.calls == [False, True] and all(p.grad is None for p in model.parameters())

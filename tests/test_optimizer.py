@@ -422,3 +422,40 @@ def test_the_figure_shades_each_phase_from_its_boundary_to_the_next():
     search, commit, zero = report.boundaries
     assert search < commit < zero
     assert spans == {"search": [search, commit], "commit": [commit, zero]}
+
+
+def test_checkpoints_from_after_the_search_do_not_hold_the_controller():
+    model, optimizer = make()
+    train(model, optimizer, optimizer.schedule.commit - 1)
+    before = optimizer.state_dict()
+    train(model, optimizer, 1, skip=optimizer.schedule.commit - 1)
+    after = optimizer.state_dict()
+    assert before["ato"]["search"] is not None and after["ato"]["search"] is None
+    optimizer.load_state_dict(copy.deepcopy(after))
+    optimizer.load_state_dict(copy.deepcopy(before))  # back into the search
+    logits = optimizer.search.state_dict()["controller"]["head"]
+    assert torch.equal(logits, before["ato"]["search"]["controller"]["head"])
+
+
+def test_the_controller_learns_the_same_if_step_is_called_under_autocast():
+    """A loop that has all of its body under it."""
+    heads = []
+    for inside in (False, True):
+        model, optimizer = make(interval=1)
+        for x, y in batches(optimizer.schedule.search + 2):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step()
+        assert optimizer.history
+        heads.append(optimizer.search.controller.head.detach())
+    assert torch.equal(*heads)
+
+
+def test_a_network_that_is_cut_in_inference_mode_trains_on():
+    model, optimizer = make()
+    train(model, optimizer, 30)
+    with torch.inference_mode():
+        optimizer.compress()
+    train(model, optimizer, 2)
