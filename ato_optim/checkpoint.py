@@ -14,8 +14,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from .checks import module, owner_of
 from .compress import Cut, apply_cut, compose, cut_of, uncut
+from .copies import copy_model
 from .sharding import is_sharded
-from .unwrap import copy_model, unwrap, wrappers
+from .unwrap import unwrap, wrappers
 
 FORMAT = "ato_optim.pruned"
 VERSION = 1

@@ -15,10 +15,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from .copies import skeleton
 from .default_device import on_cpu
 from .graph import grouped
 from .groups import Groups
-from .unwrap import skeleton
 
 CUT = "ato_cut"
 """Attribute of a pruned network's root module that holds its cut, as a dict."""

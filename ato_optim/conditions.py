@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .copies import copy_model, sharing_copy
 from .cost import counted
 from .graph import ForwardFn
-from .unwrap import copy_model, sharing_copy, tensors_in
+from .unwrap import tensors_in
 
 TOLERANCE = 1e-8
 """Largest difference of outputs, relative to the largest that closing changes, in a trial that runs in float64."""

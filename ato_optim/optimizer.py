@@ -15,6 +15,7 @@ from .budget import least_mask, minimum_widths
 from .capacity import channel_weights
 from .carry import apply_cut_in_training, warn_of_obstacle
 from .compress import Cut, apply_cut, cut_by, cut_of, derive_cut
+from .copies import copy_model
 from .default_device import as_now
 from .gating import Masking, TurnHooks, forget_turns, gate_gradient, known_once, masked_closure
 from .graph import ForwardFn, call
@@ -23,7 +24,7 @@ from .projection import Projection, halfspace, masked_shares, norms_and_rates, t
 from .report import Report, report_of
 from .schedule import Schedule
 from .search import Search
-from .unwrap import copy_model, uncompiled_call, unwatch_wrapper, unwrap, watch_wrapper
+from .unwrap import uncompiled_call, unwatch_wrapper, unwrap, watch_wrapper
 
 
 class ATO(torch.optim.Optimizer):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .budget import least_mask, minimum_widths
 from .conditions import forked_rng, other_counts
+from .copies import copy_model
 from .cost import CostModel, build_cost, counted
 from .default_device import on_cpu
 from .discovery import Discovery
@@ -20,7 +21,6 @@ from .groups import Groups
 from .proof import Trial
 from .report import Width
 from .threads import one_at_a_time
-from .unwrap import copy_model
 
 
 @dataclass(frozen=True)

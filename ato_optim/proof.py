@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from .budget import minimum_widths
 from .compress import apply_cut, derive_cut
 from .conditions import TOLERANCE, forked_rng, in_float64, randomise, telling_inputs
+from .copies import sharing_copy
 from .cost import build_cost, counted
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .unwrap import sharing_copy, tensors_in
+from .unwrap import tensors_in
 
 MACS_OF_TRIALS = 5e9
 """Pairs of trials are as many as forwards that cost this together, from one to MOST_PAIRS."""

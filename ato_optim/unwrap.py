@@ -1,11 +1,9 @@
-"""The network inside the wrappers that training puts around it, copies of it, and the tensors that it returns."""
+"""The network inside the wrappers that training puts around it, and the tensors that it returns."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
-from unittest import mock
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree
 
-from .sharding import is_sharded, mesh_groups, unsharded
-from .threads import one_at_a_time
-
-Model = TypeVar("Model", bound=nn.Module)
+from .sharding import mesh_groups
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
@@ -76,51 +71,6 @@ def _refuse_stale_wrapper(module: nn.Module, _: Any) -> None:
                 "model is wrapped in a DistributedDataParallel from before compress(), which would not average the "
                 "gradients of the smaller parameters: wrap it again, model = DistributedDataParallel(model.module)"
             )
-
-
-@one_at_a_time
-def copy_model(model: Model, convert: Callable[[Tensor], Tensor] | None = None) -> Model:
-    """A deepcopy of `model`, whole where fully_shard has split it.
-
-    Every parameter and buffer is what `convert` makes of it, default: a clone.
-
-    Activations, which torch refuses to copy, are detached, wherever a module or one of its hooks keeps them.
-
-    Raises ValueError if something that the model holds refuses.
-    """
-    if convert is not None and is_sharded(model):
-        return copy_model(copy_model(model), convert)
-    memo: dict[int, Any] = {}
-    if convert is not None:
-        for parameter in model.parameters():
-            converted = convert(parameter)
-            same = converted is parameter
-            memo[id(parameter)] = parameter if same else nn.Parameter(converted.detach(), parameter.requires_grad)
-        memo |= {id(buffer): convert(buffer) for buffer in model.buffers()}
-    deepcopy = Tensor.__deepcopy__
-
-    def detached(tensor: Tensor, memo: dict[int, Any]) -> Any:
-        return deepcopy(tensor, memo) if tensor.is_leaf else tensor.detach()
-
-    memo = unsharded(model, memo)
-    try:
-        with mock.patch.object(Tensor, "__deepcopy__", detached):
-            return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            f"model ({type(model).__name__}) cannot be copied ({type(error).__name__}: {error}): ATO tries its cuts on "
-            "copies. Keep locks, files and generators outside of modules, or give what holds them a __deepcopy__"
-        ) from error
-
-
-def skeleton(model: Model) -> Model:
-    """A copy of `model` without data, on the meta device."""
-    return copy_model(model, lambda tensor: tensor.to("meta"))
-
-
-def sharing_copy(model: Model) -> Model:
-    """A copy of `model` that shares its parameters and has buffers of its own."""
-    return copy_model(model, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.clone())
 
 
 def tensors_in(output: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 from ato_optim import ATO, load_pruned, save_pruned
+from ato_optim.copies import copy_model
 from ato_optim.proof import difference
-from ato_optim.unwrap import copy_model
 
 STEPS = 50
 
