@@ -111,8 +111,11 @@ def reshape(labels: Tensor, before: Sequence[int], after: Sequence[int], last: b
     If it may be the `last` on both sides, it is.
     """
     size = len(labels)
-    if last and before[-1] == after[-1] == size:
+    empty = 0 in before
+    if (last or empty) and before[-1] == after[-1] == size:
         return labels
+    if empty:  # of its axes none can be told from another
+        raise Unsafe(f"runs through a reshape of an empty tensor ({tuple(before)} to {tuple(after)})")
     axis = channel_axis(size, before)
     if axis is None:
         return labels

@@ -7,6 +7,7 @@ an averaged copy, a fresh dense model that a file is loaded into, and the optimi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
@@ -39,7 +40,8 @@ class Cut:
     Attributes:
         kept: tensor name -> dimension -> kept positions, for the parameters and buffers that shrink.
         attributes: module name -> attribute -> value after the cut, for those that change (out_channels ...).
-        dense: tensor name -> shape before the cut, for all parameters and buffers.
+        dense: tensor name -> shape before the cut, for all parameters and buffers, but for buffers that are neither cut
+            nor saved: a forward may make them, or let them grow.
         modules: module name -> class and settings (stride ...) before the cut, for all modules.
     """
 
@@ -89,9 +91,11 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {"class": name, **_plain({key: vars(module)[key] for key in constants if key in vars(module)})}
 
 
-def describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
-    """Shapes of all tensors, classes and settings of all modules: what a cut must match."""
-    shapes = {name: list(t.shape) for name, t in tensors(model).items()}
+def describe(model: nn.Module, kept: Iterable[str]) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
+    """Shapes of tensors, classes and settings of all modules: what a cut that leaves `kept` must match."""
+    named = model.named_modules(remove_duplicate=False)
+    passing = {f"{name}.{key}".lstrip(".") for name, module in named for key in module._non_persistent_buffers_set}
+    shapes = {name: list(t.shape) for name, t in tensors(model).items() if name not in passing or name in kept}
     return shapes, {name: _settings(module) for name, module in model.named_modules()}
 
 
@@ -146,14 +150,14 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
     """
     groups, mask = groups.to(torch.device("cpu")), mask.cpu()
     bare = skeleton(model)
-    shapes, modules = describe(bare)
     kept = _kept(bare, groups, mask)
+    shapes, modules = describe(bare, kept)
     before = _plain_attributes(bare)
     _prune(bare, groups, mask)
     pruned = {name for name, _ in groups.sides}
     cut = Cut(kept, {}, shapes, modules)
     for name, tensor in tensors(bare).items():
-        if name.rpartition(".")[0] in pruned and list(tensor.shape) != cut.shape(name):
+        if name.rpartition(".")[0] in pruned and name in shapes and list(tensor.shape) != cut.shape(name):
             raise RuntimeError(f"torch-pruning leaves {name} in shape {list(tensor.shape)}, expected {cut.shape(name)}")
     attributes = {
         name: {key: value for key, value in values.items() if value != before[name].get(key)}
@@ -169,7 +173,7 @@ def _alike(here: Any, there: Any) -> bool:
 
 def check_cut(cut: Cut, model: nn.Module) -> None:
     """Raise ValueError, naming the first module that differs, unless `cut` was made from a model like `model`."""
-    shapes, modules = describe(model)
+    shapes, modules = describe(model, cut.kept)
     for name in dict.fromkeys((*cut.modules, *modules)):
         here, there = modules.get(name, {}), cut.modules.get(name, {})
         for key in dict.fromkeys((*there, *here)):
@@ -261,7 +265,8 @@ def cut_by(cut: Cut, model: nn.Module) -> Cut:
 
 def uncut(model: nn.Module) -> Cut:
     """The cut that leaves all of `model` as it is."""
-    return Cut({}, {}, *describe(model))
+    earlier = cut_of(model)
+    return Cut({}, {}, *describe(model, () if earlier is None else earlier.kept))
 
 
 def compose(first: Cut, second: Cut) -> Cut:

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from networks import SHORT, Depthwise, Residual, batches, example
 from test_optimizer import make, train
+from torch import nn
 
 from ato_optim import ATO, load_pruned, save_pruned
 
@@ -249,3 +250,49 @@ def test_a_pruned_network_that_is_pruned_again_loads_into_the_dense_one(saved, t
     loaded = load_pruned(Residual(), tmp_path / "twice.pt")
     with torch.no_grad():
         assert torch.equal(loaded.eval()(example()), small.eval()(example()))
+
+
+class Caching(nn.Module):
+    """Makes a mask when it first runs, larger ones later, and does not save the statistics of its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.fc = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("mask", None, persistent=False)
+        self.norm = nn.BatchNorm1d(16)
+        self.norm._non_persistent_buffers_set |= {"running_mean", "running_var", "num_batches_tracked"}
+
+    def forward(self, x):
+        length = x.shape[1]
+        if self.mask is None or len(self.mask) < length:
+            self.register_buffer("mask", torch.ones(length, length).tril(), persistent=False)
+        mask = self.mask[:length, :length]
+        x = torch.relu(self.norm(self.one(x).flatten(0, 1))).view(len(x), length, -1)
+        return self.fc(torch.relu(self.two((mask / mask.sum(1, keepdim=True)) @ x)))
+
+
+def test_buffers_that_a_forward_makes_or_lets_grow_are_no_part_of_the_architecture(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model = Caching()
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        options = {"target_flops": 0.4, "min_width": 0.4, "total_steps": 40, "phases": SHORT}
+        return model, ATO(base, model, torch.randn(2, 7, 6), **options)
+
+    model, optimizer = build()
+    average = copy.deepcopy(model)
+    for step in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(2, 7 + step % 5, 6)).square().mean().backward()
+        optimizer.step()
+    average.load_state_dict(model.state_dict())
+    optimizer.compress()
+    assert len(model.norm.running_mean) == model.one.out_features < 16
+    save_pruned(model, tmp_path / "small.pt")
+    again, other = build()
+    other.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, 9, 6)
+    expected = model.train()(x)
+    for copied in (load_pruned(Caching(), tmp_path / "small.pt"), again, optimizer.compress(model=average)):
+        assert torch.equal(copied.train()(x), expected)

@@ -436,3 +436,29 @@ def test_the_projection_inside_of_an_attention_is_no_layer_of_its_own():
     layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True, dropout=0.0)
     found = reasons(plan(nn.Sequential(nn.Linear(6, 12), layer, nn.Linear(12, 5)), torch.randn(2, 7, 6)))
     assert "2" in found and "1.self_attn.out_proj" not in found
+
+
+class Prefix(nn.Module):
+    """Tokens of a memory that may be empty go before those of the input."""
+
+    def __init__(self, merged):
+        super().__init__()
+        self.one, self.two, self.fc, self.merged = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3), merged
+
+    def forward(self, x, memory):
+        x, memory = torch.relu(self.one(x)), torch.relu(self.one(memory))
+        if self.merged:
+            x, memory = x.flatten(0, 1), memory.flatten(0, 1)
+        else:
+            x, memory = x.reshape(-1, 4, 4), memory.reshape(-1, 4, 4)
+            x = torch.cat([x, memory]).flatten(1)
+            return self.fc(torch.relu(self.two(x)))
+        return self.fc(torch.relu(self.two(torch.cat([x, memory]))))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_reshape_of_an_empty_tensor_comes_to_an_end(merged):
+    model = Prefix(merged)
+    inputs = torch.randn(2, 5, 6), torch.randn(2, 0, 6)
+    found = roots(plan(model, inputs))
+    assert "two" in found and ("one" in found) == merged
