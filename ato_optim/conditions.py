@@ -135,6 +135,28 @@ def other_counts(
         return counts
 
 
+class _Fine(TorchDispatchMode):
+    """Leaves in float64 what would be converted to less: norms that are written by hand go through float32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype")
+        if func is torch.ops.aten._to_copy.default and dtype is not None and dtype.is_floating_point:
+            fine = args[0].dtype == torch.float64
+            kwargs = {**kwargs, "dtype": torch.float64 if fine else dtype}
+        return func(*args, **kwargs)
+
+
+def _finely(forward_fn: ForwardFn) -> ForwardFn:
+    """`forward_fn` without conversions from float64 to less."""
+
+    def run(model: nn.Module, example_inputs: Any) -> Any:
+        with _Fine():
+            return forward_fn(model, example_inputs)
+
+    return run
+
+
 class _Rounding(TorchDispatchMode):
     """Notes in `met` whether an operation made something coarser of a tensor in float64."""
 
@@ -157,19 +179,19 @@ def _doubled(value: Any) -> Any:
 @torch.no_grad()
 def in_float64(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, trains: bool
-) -> tuple[nn.Module, Any, float]:
-    """`model`, in eval mode, and the example inputs in float64, if it runs in that, and the tolerance of its outputs.
+) -> tuple[nn.Module, Any, ForwardFn, float]:
+    """`model`, in eval mode, the example inputs, and how to run it, all in float64, and the tolerance of its outputs.
 
-    In float32 a small difference far from the output drowns in rounding. A model that fixes a dtype in its forward, of
-    training too if it `trains`, or whose device has no float64, is tried as it is.
+    In float32 a small difference far from the output drowns in rounding, and so does one beside an output that is much
+    larger. A model that does not run in float64, of training too if it `trains`, is tried as it is.
     """
-    inputs = _pytree.tree_map(_doubled, example_inputs)
+    inputs, finely = _pytree.tree_map(_doubled, example_inputs), _finely(forward_fn)
     try:
         fine = copy_model(model, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
         with _Rounding() as rounding:
-            forward_fn(fine, inputs)
+            finely(fine, inputs)
         if trains:
-            forward_fn(sharing_copy(fine).train(), inputs)
+            finely(sharing_copy(fine).train(), inputs)
     except Exception:
-        return model, example_inputs, COARSE_TOLERANCE
-    return fine, inputs, COARSE_TOLERANCE if rounding.met else TOLERANCE
+        return model, example_inputs, forward_fn, COARSE_TOLERANCE
+    return fine, inputs, finely, COARSE_TOLERANCE if rounding.met else TOLERANCE

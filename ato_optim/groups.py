@@ -74,8 +74,17 @@ class GateTable:
     gate: Tensor
 
     def parameters(self, model: nn.Module) -> list[Tensor]:
-        """The parameters' data: views whose changes autograd's version counters do not see."""
-        return [model.get_parameter(name).data for name in self.names]
+        """The parameters' data: views whose changes autograd's version counters do not see.
+
+        Raises ValueError if one is not there any more.
+        """
+        try:
+            return [model.get_parameter(name).data for name in self.names]
+        except AttributeError as error:
+            raise ValueError(
+                f"model has changed since ATO was built ({error}): parametrize, fuse or replace layers before ATO is "
+                "built, or after compress()"
+            ) from error
 
     def split(self, values: Tensor) -> list[Tensor]:
         """`values` (gates,), one a gate, as one tensor a parameter that broadcasts along its dimension.

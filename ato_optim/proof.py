@@ -138,14 +138,14 @@ class Trial:
     ):
         randomise(model)
         self.min_width = min_width
-        self.model, example_inputs, self.tolerance = in_float64(model, example_inputs, forward_fn, trains)
+        found = in_float64(model, example_inputs, forward_fn, trains)
+        self.model, example_inputs, self.forward_fn, self.tolerance = found
         self.pairs = min(max(1, int(MACS_OF_TRIALS // max(1, macs))), MOST_PAIRS)
-        self.inputs = telling_inputs(self.model, example_inputs, forward_fn)
-        self.forward_fn, self.trains = forward_fn, trains
+        self.inputs, self.trains = telling_inputs(self.model, example_inputs, self.forward_fn), trains
         self.device = next(model.parameters()).device
         self.slopes: dict[tuple[str, int], float] = {}
         with forked_rng(self.device):
-            self.outputs, self.counts = counted(self.model, self.inputs, forward_fn)
+            self.outputs, self.counts = counted(self.model, self.inputs, self.forward_fn)
         self.training = None
         try:
             if trains:

@@ -399,3 +399,17 @@ def test_zero_grad_is_the_bases():
     assert all(not p.grad.any() for p in model.parameters())
     optimizer.zero_grad()
     assert Counting.calls == [False, True] and all(p.grad is None for p in model.parameters())
+
+
+def test_a_layer_that_is_not_what_it_was_is_named():
+    model, optimizer = make()
+    train(model, optimizer, 10)
+    parametrizations.weight_norm(model.one[0])
+    with pytest.raises(ValueError, match="model has changed since ATO was built .*weight"):
+        train(model, optimizer, 50, skip=10)
+    model, optimizer = make()
+    train(model, optimizer, 60)
+    model.eval()
+    model.one[0], model.one[1] = torch.nn.utils.fusion.fuse_conv_bn_eval(model.one[0], model.one[1]), nn.Identity()
+    with pytest.raises(ValueError, match="model has changed since ATO was built .*weight"):
+        optimizer.compress()

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ato_optim import ATO, proof
 from ato_optim.conditions import COARSE_TOLERANCE, TOLERANCE, in_float64
+from ato_optim.proof import difference
 
 
 def images(batch: int = 2) -> Tensor:
@@ -102,17 +103,43 @@ class Fixed(nn.Linear):
         return nn.functional.linear(x.float(), self.weight.float(), self.bias.float()).to(x)
 
 
-class Insists(nn.Linear):
+class Converts(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
 
 
-@pytest.mark.parametrize(("layer", "doubled"), [(nn.Linear, True), (Fixed, True), (Insists, False)])
-def test_float64_where_the_model_runs_in_it(layer, doubled):
+class Sums(nn.Linear):
+    """Rounds without a conversion."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[None].sum(0, dtype=torch.float32).to(x))
+
+
+class Insists(nn.Linear):
+    """Works in float32 alone, as kernels of an extension may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "doubled", "allowed"),
+    [
+        (nn.Linear, True, TOLERANCE),
+        (Fixed, True, TOLERANCE),
+        (Converts, True, TOLERANCE),
+        (Sums, True, COARSE_TOLERANCE),
+        (Insists, False, COARSE_TOLERANCE),
+    ],
+)
+def test_float64_where_the_model_runs_in_it(layer, doubled, allowed):
     model, x = nn.Sequential(layer(8, 16), nn.ReLU(), layer(16, 4)), torch.randn(2, 8)
     before = [p.clone() for p in model.parameters()]
-    tried, inputs, tolerance = in_float64(model, x, lambda model, x: model(x), trains=True)
-    assert tolerance == (TOLERANCE if layer is nn.Linear else COARSE_TOLERANCE)
+    tried, inputs, forward_fn, tolerance = in_float64(model, x, lambda model, x: model(x), trains=True)
+    assert tolerance == allowed
+    found = forward_fn(tried, inputs)
+    assert found.dtype == inputs.dtype and difference(model(x).to(found), found) < 1e-5
     assert inputs.dtype == tried[0].weight.dtype == (torch.float64 if doubled else torch.float32)
     for network in (model, tried):
         assert all(torch.equal(p.float(), q) for p, q in zip(network.parameters(), before, strict=True))
@@ -131,7 +158,8 @@ class InFloat32(Shifted):
     def forward(self, x: Tensor) -> Tensor:
         self.seen = 0.9 * self.seen + 0.1 * x.detach().mean()
         x = self.rest(torch.relu(self.b(torch.relu(self.a(x) * (1 + self.seen))))).mean((2, 3))
-        return self.fc(x.float() if self.training or self.always else x)
+        assert x.dtype == torch.float32 or not (self.training or self.always)
+        return self.fc(x)
 
 
 @pytest.mark.parametrize("always", [True, False])
@@ -176,3 +204,25 @@ def test_a_layer_that_a_complex_convolution_reads_is_left_alone_and_others_are_p
     optimizer = ATO(base, model, torch.randn(2, 3, 8, 8), target_flops=1, total_steps=1)
     roots = {layer.root for layer in optimizer.plan.groups.layers}
     assert {"three", "four"} <= roots and "one" not in roots
+
+
+class BesideLargeOutputs(nn.Module):
+    """Scores behind a norm over channels that is written by hand, in float32 as usual; boxes in pixels."""
+
+    def __init__(self, size: float):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 16, 3, 1, 1)
+        self.scores, self.boxes, self.size = nn.Conv2d(16, 4, 1), nn.Conv2d(8, 4, 1), size
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.a(x))
+        normed = self.b(x).float()
+        normed = normed * torch.rsqrt(normed.square().mean(1, keepdim=True) + 1e-6)
+        return {"scores": self.scores(normed.relu().to(x)).sigmoid(), "boxes": self.boxes(x).sigmoid() * self.size}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e5])
+def test_an_output_that_is_much_larger_hides_nothing(size):
+    model = BesideLargeOutputs(size)
+    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, images(), target_flops=1, total_steps=1)
+    assert [layer.root for layer in optimizer.plan.groups.layers] == ["a"]
