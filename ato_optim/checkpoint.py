@@ -29,8 +29,8 @@ File = str | PathLike[str] | IO[bytes]
 def save_pruned(model: nn.Module, path: File) -> None:
     """Write the compressed `model` to `path`: its state_dict and what was cut from the dense network.
 
-    Layers that were added or replaced since the cut belong to the network: the file loads into a dense model with the
-    same change. Under fully_shard all ranks call it, and each writes the whole network.
+    Layers that were added or replaced since the cut belong to the network, a module around it, too: the file loads into
+    a dense model with the same change. Under fully_shard all ranks call it, and each writes the whole network.
 
     Raises:
         TypeError, ValueError: if `model` is no module, was not compressed by ATO, or has an extra state that is no
@@ -41,7 +41,8 @@ def save_pruned(model: nn.Module, path: File) -> None:
     cut = cut_of(model)
     if cut is None:
         raise ValueError(
-            f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, not the dense model"
+            f"model ({type(model).__name__}) holds no cut: pass what ATO.compress() returned, or what holds that, not "
+            "the dense model or a part of the pruned one"
         )
     weights = model.state_dict()
     _check_plain(weights)

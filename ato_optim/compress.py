@@ -247,14 +247,24 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
         for key, value in values.items():
             setattr(model.get_submodule(name), key, value)
     # Plain data: a model that is pickled whole can be loaded where this package is not.
-    setattr(model, CUT, dict(vars(cut_by(cut, model))))
+    whole = dict(vars(cut_by(cut, model)))
+    for module in model.modules():  # parts that were cut before are not any more what their own would say
+        vars(module).pop(CUT, None)
+    setattr(model, CUT, whole)
     return replaced
 
 
 def cut_of(model: nn.Module) -> Cut | None:
-    """What was cut from the dense network that `model` once was; None if nothing."""
-    cut = getattr(model, CUT, None)
-    return None if cut is None else Cut(**cut)
+    """What was cut from the dense network that `model`, or a part of it, once was; None if nothing."""
+    own = getattr(model, CUT, None)
+    if own is not None:
+        return Cut(**own)
+    parts = {name: cut for name, child in model.named_children() if (cut := cut_of(child)) is not None}
+    merged: dict[str, dict[str, Any]] = {field: {} for field in Cut.__dataclass_fields__}
+    for name, cut in parts.items():
+        for field, values in vars(cut).items():
+            merged[field] |= {f"{name}.{key}".rstrip("."): value for key, value in values.items()}
+    return Cut(**merged) if parts else None
 
 
 def cut_by(cut: Cut, model: nn.Module) -> Cut:

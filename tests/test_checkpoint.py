@@ -296,3 +296,32 @@ def test_buffers_that_a_forward_makes_or_lets_grow_are_no_part_of_the_architectu
     expected = model.train()(x)
     for copied in (load_pruned(Caching(), tmp_path / "small.pt"), again, optimizer.compress(model=average)):
         assert torch.equal(copied.train()(x), expected)
+
+
+class Around(nn.Module):
+    """A pruned network inside of another, as a backbone."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.backbone(x)))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pruned_network_inside_of_another_is_saved_with_it(again, tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 60)
+    whole = Around(optimizer.compress())
+    if again:
+        base = torch.optim.SGD(whole.parameters(), lr=0.05)
+        second = ATO(base, whole, example(), target_flops=0.7, total_steps=60, phases=SHORT, streams=0)
+        train(whole, second, 60)
+        second.compress()
+    save_pruned(whole, tmp_path / "whole.pt")
+    loaded = load_pruned(Around(Residual()), tmp_path / "whole.pt")
+    assert torch.equal(loaded.eval()(example()), whole.eval()(example()))
+    with pytest.raises(ValueError, match="or a part of the pruned one"):
+        save_pruned(loaded.backbone, tmp_path / "part.pt")
+    assert hasattr(whole.backbone, "ato_cut") != again
