@@ -176,19 +176,19 @@ def check_cut(cut: Cut, model: nn.Module) -> None:
     shapes, modules = describe(model, cut.kept)
     for name in dict.fromkeys((*cut.modules, *modules)):
         here, there = modules.get(name, {}), cut.modules.get(name, {})
+        what = f"module '{name}'" if name else "the model itself"
         for key in dict.fromkeys((*there, *here)):
             if key not in _OF_TRAINING and not _alike(here.get(key), there.get(key)):
                 raise ValueError(
-                    f"the cut belongs to another architecture: module '{name}' has {key} {here.get(key)}, expected "
+                    f"the cut belongs to another architecture: {what} has {key} {here.get(key)}, expected "
                     f"{there.get(key)}; {_WAY_OUT}"
                 )
     for name in dict.fromkeys((*cut.dense, *shapes)):
         here_shape, there_shape = shapes.get(name), cut.dense.get(name)
         if here_shape != there_shape:
-            module = name.rpartition(".")[0]
             raise ValueError(
-                f"the cut belongs to another architecture: module '{module}' has {name} of shape {here_shape}, "
-                f"expected {there_shape}; {_WAY_OUT}"
+                f"the cut belongs to another architecture: {name} has shape {here_shape}, expected {there_shape}; "
+                f"{_WAY_OUT}"
             )
 
 

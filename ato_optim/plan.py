@@ -18,7 +18,7 @@ from .default_device import on_cpu
 from .discovery import Discovery
 from .graph import ForwardFn
 from .groups import Groups
-from .proof import Trial
+from .proof import Trial, named
 from .report import Width
 from .threads import one_at_a_time
 
@@ -134,7 +134,7 @@ def make_plan(
             found = Discovery(copied, example_inputs, forward_fn, [twin[layer] for layer in ignored], frozen, counts)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"model ({type(model).__name__}) cannot be traced by torch-pruning ({type(error).__name__}: {error}): "
+                f"model ({type(model).__name__}) cannot be traced by torch-pruning ({named(error)}): "
                 "pass a forward_fn that runs the part which is to be pruned, and returns its outputs"
             ) from error
         trial = Trial(copied, example_inputs, forward_fn, found.trains, counts[""], min_width)
@@ -160,10 +160,11 @@ def _layer_counts(model: nn.Module, copied: nn.Module, example_inputs: Any, forw
     try:
         _, counts = counted(copied, example_inputs, forward_fn)
     except Exception as error:
+        alone = ", its layers alone if it differentiates" if "grad" in str(error) else ""
         raise ValueError(
             f"example_inputs ({_describe(example_inputs)}) are refused by the model on "
-            f"{next(model.parameters()).device} ({type(error).__name__}: {error}): pass what one forward takes, or a "
-            "forward_fn that runs it; of a forward that differentiates, one that runs the layers alone"
+            f"{next(model.parameters()).device} ({named(error)}): pass what one forward takes, or a "
+            f"forward_fn that runs it{alone}"
         ) from error
     others = other_counts(copied, example_inputs, forward_fn, counts)
     uneven = sorted(name for name in counts if name and counts[name] != others[name])

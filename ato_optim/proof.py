@@ -161,7 +161,7 @@ class Trial:
         try:
             pruned, found, counts = self._cut(groups, mask)
         except Exception as error:  # whatever the cut model raises is a reason to leave the group alone
-            return f"cannot go: the forward fails without it ({_named(error)})"
+            return f"cannot go: the forward fails without it ({named(error)})"
         restore = zero_producers(self.model, groups, mask)
         try:
             with forked_rng(self.device):
@@ -178,7 +178,7 @@ class Trial:
             try:
                 found = self._in_training(pruned)
             except Exception as error:
-                return f"cannot go: the forward in training mode fails without it ({_named(error)})"
+                return f"cannot go: the forward in training mode fails without it ({named(error)})"
             # Norms over a batch of few values make much of the rounding of lower precisions.
             fine = self.tolerance == TOLERANCE
             reason = self._changed(expected_training, found, self.training) if fine else None
@@ -320,6 +320,6 @@ class Trial:
         return found or ({layer.key: reason for layer in chosen} if reason else {})
 
 
-def _named(error: Exception) -> str:
+def named(error: Exception) -> str:
     """Kind and first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -13,7 +13,7 @@ from .unwrap import process_groups
 if TYPE_CHECKING:
     from .optimizer import ATO
 
-VERSION = 6
+VERSION = 7
 """Version of the format of state_dict()["ato"]."""
 
 
@@ -26,7 +26,9 @@ def settings(ato: ATO) -> dict[str, Any]:
         "MACs of example_inputs": round(ato.plan.cost.dense),
         "target_flops": ato.target_flops,
         "total_steps": ato.total_steps,
-        "schedule": asdict(ato.schedule),
+        "phases": [ato.schedule.search, ato.schedule.commit, ato.schedule.zero],
+        "interval": ato.schedule.interval,
+        "pull_time in steps": ato.schedule.pull_steps,
         "least widths": ato.least.tolist(),
         "round_to": ato.round_to,
         "projection": ato.projection,

@@ -272,7 +272,7 @@ class Differentiates(Normed):
 
 
 def test_a_forward_that_differentiates_is_referred_to_forward_fn():
-    with pytest.raises(ValueError, match="differentiates, one that runs the layers alone"):
+    with pytest.raises(ValueError, match="forward_fn that runs it, its layers alone if it differentiates"):
         pruned(Differentiates(), torch.randn(4, 6))
     found = pruned(Differentiates(), torch.randn(4, 6), forward_fn=lambda model, x: Normed.forward(model, x))
     assert found["a"] == "pruned"

@@ -82,7 +82,7 @@ def strided():
     [
         (wider, "'one.0' has out_channels 14, expected 12"),
         (strided, "'one.0' has stride"),
-        (Depthwise, "'' has class Depthwise"),
+        (Depthwise, "the model itself has class Depthwise"),
     ],
 )
 def test_another_architecture_is_refused_with_the_first_module_that_differs(saved, network, named):

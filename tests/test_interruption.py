@@ -84,7 +84,8 @@ def test_a_checkpoint_between_backward_and_step_holds_the_turn(stop):
     assert optimizer.last_turn == resumed.last_turn
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
-    assert torch.equal(optimizer.search.controller.head, resumed.search.controller.head)
+    if optimizer.searching:
+        assert torch.equal(optimizer.search.controller.head, resumed.search.controller.head)
 
 
 def other_classes():
@@ -107,8 +108,9 @@ OTHERS = {
     ),
     "another budget": ({"target_flops": 0.6}, "target_flops=0.5, this ATO has target_flops=0.6"),
     "another length": ({"total_steps": 61}, "total_steps=60, this ATO has total_steps=61"),
-    "other phases": ({"phases": (0.1, 0.5, 0.7)}, "schedule=.*'zero': 19.*'zero': 42"),
-    "another interval": ({"interval": 4}, "schedule="),
+    "other phases": ({"phases": (0.1, 0.5, 0.7)}, r"phases=\[6, 18, 19\], this ATO has phases=\[6, 30, 42\]"),
+    "another interval": ({"interval": 4}, "interval=2, this ATO has interval=4: build alike"),
+    "another pull time": ({"pull_time": 0.5}, "pull_time in steps=1.2, this ATO has pull_time in steps=30.0"),
     "other widths": ({"round_to": 2}, "least widths|round_to"),
     "streams that stay": ({"streams": 1}, "least widths="),
     "another pull": ({"projection": "halfspace"}, "projection=timed, this ATO has projection=halfspace"),
@@ -143,7 +145,7 @@ def test_other_versions_inputs_and_optimizers_are_refused():
     with pytest.raises(ValueError, match=r"MACs of example_inputs=\d+, this ATO has"):
         other.load_state_dict(state)
     state["ato"]["version"] = 1
-    with pytest.raises(ValueError, match=r"format version 1, this ato_optim reads 6: go on with the ato_optim that wr"):
+    with pytest.raises(ValueError, match=r"format version 1, this ato_optim reads 7: go on with the ato_optim that wr"):
         optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match='no entry "ato"'):
         optimizer.load_state_dict(optimizer.base.state_dict())
