@@ -58,7 +58,7 @@ class ATO(torch.optim.Optimizer):
         interval: steps between controller turns; default: from 2 to 20, for 500 to 750 turns where they allow it.
         gamma: weight of the budget in the controller's loss.
         beta: weight of the capacity in it: how much more channels, by their norms, are worth at the same MACs.
-        controller_lr: of the controller's AdamW; default: 0.2 over the number of its turns.
+        controller_lr: of the controller's AdamW; default: 0.2 over the number of its turns, at most 1e-2.
         controller_weight_decay: likewise of the controller's AdamW.
         seed: of the controller's weights and noise; the same on every rank.
 

@@ -119,7 +119,7 @@ def test_errors_that_the_page_on_loops_quotes_are_the_packages():
     """What stands in the table in code style is said by the source, but for what torch says."""
     source = "".join(path.read_text() for path in (ROOT / "ato_optim").glob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)
-    table = PAGES["loops.md"].partition("| what does not work")[2]
+    table = PAGES["loops.md"].partition("## What does not work")[2]
     quoted = re.findall(r"`(?:TypeError|ValueError|RuntimeError|UserWarning): ([^`]*)`", table)
     assert len(quoted) >= 8
     for text in quoted:
