@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -161,7 +162,7 @@ class Trial:
         try:
             pruned, found, counts = self._cut(groups, mask)
         except Exception as error:  # whatever the cut model raises is a reason to leave the group alone
-            return f"cannot go: the forward fails without it ({named(error)})"
+            return f"cannot go: the forward fails without it ({named(error)}{self._place(error)})"
         restore = zero_producers(self.model, groups, mask)
         try:
             with forked_rng(self.device):
@@ -185,6 +186,13 @@ class Trial:
             if reason and not self._random_in_training():
                 return f"{reason}, in training mode"
         return None
+
+    def _place(self, error: Exception) -> str:
+        """In which part of the model the innermost forward was that raised `error`, as far as its class tells."""
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        met = [one for frame in frames if isinstance(one := frame.f_locals.get("self"), nn.Module)]
+        names = [name for top in met[:1] for name, module in top.named_modules() if module is met[-1]]
+        return f", in {names[0]}" if names and names[0] else ""
 
     def _changed(self, expected: Any, found: Any, before: Any) -> str | None:
         """How a cut changed the outputs, `expected` of the whole network with zeros; None if it did not."""

@@ -462,3 +462,17 @@ def test_a_reshape_of_an_empty_tensor_comes_to_an_end(merged):
     inputs = torch.randn(2, 5, 6), torch.randn(2, 0, 6)
     found = roots(plan(model, inputs))
     assert "two" in found and ("one" in found) == merged
+
+
+class Reshapes(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), 24, -1).transpose(1, 2).reshape(len(x), -1)[:, :24]
+
+
+def test_a_reason_names_the_part_of_the_model_that_fails():
+    model = nn.Sequential(nn.Linear(6, 24), nn.Sequential(nn.ReLU(), Reshapes()), nn.Linear(24, 3))
+    found = reasons(plan(model, torch.randn(2, 6)))
+    assert found["0"].startswith(
+        "cannot go: the forward fails without it (RuntimeError: shape '[2, 24, -1]' is invalid"
+    )
+    assert found["0"].endswith(", in 1.1)")
