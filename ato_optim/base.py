@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,18 +16,24 @@ def option(base: Optimizer, model: nn.Module, key: str) -> dict[str, Any]:
     return {name: value_of[id(p)] for name, p in model.named_parameters() if id(p) in value_of}
 
 
-def attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """What `optimizer` holds besides its state and its groups, and the lists of these."""
-    lists = [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
-    own = {key: value for key, value in vars(optimizer).items() if key != "state"}
-    return {key: value for key, value in own.items() if all(value is not known for known in lists)}
+def held(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+    """What the attributes of `optimizer` hold, by their names, but for its state, its groups, and their lists."""
+    known = [optimizer.param_groups, *optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
+
+    def is_known(value: Any) -> bool:
+        return any(value is one for one in known)
+
+    for name, value in vars(optimizer).items():
+        if name != "state":
+            leaves = _pytree.tree_leaves(value, is_leaf=is_known)
+            yield from ((name, leaf) for leaf in leaves if not is_known(leaf))
 
 
 def with_inner(base: Optimizer) -> list[Optimizer]:
     """`base` and the optimizers that it holds, as Lookahead and ZeroRedundancyOptimizer do."""
     found = [base]
     for one in found:
-        inner = [leaf for leaf in _pytree.tree_leaves(attributes(one)) if isinstance(leaf, Optimizer)]
+        inner = [leaf for _, leaf in held(one) if isinstance(leaf, Optimizer)]
         found += [other for other in inner if all(other is not known for known in found)]
     return found
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from .base import attributes, with_inner
+from .base import held, with_inner
 from .compress import Cut, apply_cut, select
 from .sharding import is_sharded
 from .unwrap import tensors_in
@@ -23,7 +22,7 @@ Kept = dict[str, dict[int, list[int]]]
 
 def cut_states(
     optimizer: torch.optim.Optimizer, names: dict[Tensor, str], kept: Kept, dense: dict[str, list[int]]
-) -> Iterator[tuple[dict[Any, Any], Tensor, dict[Any, Any]]]:
+) -> Iterator[tuple[dict[Any, Any], Tensor, Any]]:
     """For each parameter in `kept`: what holds its state, the parameter, and its state cut. Nothing is changed.
 
     What cannot be cut is an optimizer with lists of parameters of its own, and state that is no parameter's: a vector
@@ -36,6 +35,7 @@ def cut_states(
     Raises:
         ValueError: saying why `optimizer` cannot follow, with the way out.
     """
+    seen: list[Any] = []
     for inner in with_inner(optimizer):
         kind = f"base_optimizer ({type(inner).__name__})"
         if inner.param_groups is not optimizer.param_groups:
@@ -43,11 +43,14 @@ def cut_states(
                 f"base_optimizer ({type(optimizer).__name__}) holds another optimizer ({type(inner).__name__}), whose "
                 f"lists cannot follow the cut: {_WAY_OUT}"
             )
-        for attribute, value in attributes(inner).items():
-            if any(isinstance(leaf, Tensor) and leaf in names for leaf in _pytree.tree_leaves(value)):
+        for attribute, leaf in held(inner):
+            if isinstance(leaf, Tensor) and leaf in names:
                 raise ValueError(
                     f"{kind} keeps parameters in its attribute '{attribute}', which cannot follow the cut: {_WAY_OUT}"
                 )
+        if any(inner.state is one for one in seen):  # a wrapper may share its base's
+            continue
+        seen.append(inner.state)
         for owner, state in inner.state.items():
             if isinstance(owner, Tensor) and owner not in names:
                 continue  # of a group that was added, not the model's: it stays as it is
@@ -62,8 +65,8 @@ def cut_states(
                     raise ValueError(
                         f"the state '{key}' of {kind} cannot follow the cut ({why}): {_WAY_OUT}"
                     ) from error
-            if name in kept and entries is state:
-                yield inner.state, owner, smaller
+            if name in kept:
+                yield inner.state, owner, smaller if entries is state else smaller[name]
 
 
 def _selected(value: Any, kept: dict[int, list[int]], dense: list[int]) -> Any:

@@ -79,13 +79,14 @@ def module(argument: str, value: Any) -> None:
         raise TypeError(f"{argument} is a {type(value).__name__}: pass a torch.nn.Module")
 
 
-def unowned(model: nn.Module) -> None:
-    """No ATO that has not compressed yet has the model, a part of it, or a model that it is a part of."""
-    parts = set(model.modules())
+def unowned(base: torch.optim.Optimizer, model: nn.Module) -> None:
+    """No ATO that has not compressed yet has the model, nor, if it trains the same, a part or a whole of it."""
+    parts, trained = set(model.modules()), {id(p) for group in base.param_groups for p in group["params"]}
     for owned in list(OWNERS):
         owner = owner_of(owned)
-        related = owned in parts or model in set(owned.modules())
-        if related and owner is not None and owner.cut is None:
+        if owner is None or owner.cut is not None or not (owned in parts or model in set(owned.modules())):
+            continue
+        if owned is model or not trained.isdisjoint(id(p) for group in owner.param_groups for p in group["params"]):
             whose = "" if owned is model else f" for its {'part' if owned in parts else 'whole'} {type(owned).__name__}"
             raise ValueError(
                 f"model ({type(model).__name__}) already has an ATO{whose}, at step {owner.step_count}: use that one, "

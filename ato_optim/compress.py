@@ -91,11 +91,17 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {"class": name, **_plain({key: vars(module)[key] for key in constants if key in vars(module)})}
 
 
+def _passing(model: nn.Module, kept: Iterable[str]) -> set[str]:
+    """Names of buffers that are not saved, but for those that are cut: a forward may make them, or let them grow."""
+    named = model.named_modules(remove_duplicate=False)
+    names = {f"{name}.{key}".lstrip(".") for name, module in named for key in module._non_persistent_buffers_set}
+    return names - {*kept}
+
+
 def describe(model: nn.Module, kept: Iterable[str]) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
     """Shapes of tensors, classes and settings of all modules: what a cut that leaves `kept` must match."""
-    named = model.named_modules(remove_duplicate=False)
-    passing = {f"{name}.{key}".lstrip(".") for name, module in named for key in module._non_persistent_buffers_set}
-    shapes = {name: list(t.shape) for name, t in tensors(model).items() if name not in passing or name in kept}
+    passing = _passing(model, kept)
+    shapes = {name: list(t.shape) for name, t in tensors(model).items() if name not in passing}
     return shapes, {name: _settings(module) for name, module in model.named_modules()}
 
 
@@ -151,7 +157,7 @@ def derive_cut(model: nn.Module, groups: Groups, mask: Tensor) -> Cut:
     groups, mask = groups.to(torch.device("cpu")), mask.cpu()
     bare = skeleton(model)
     kept = _kept(bare, groups, mask)
-    shapes, modules = describe(bare, kept)
+    shapes, modules = describe(bare, {*kept, *_cut_before(bare)})
     before = _plain_attributes(bare)
     _prune(bare, groups, mask)
     pruned = {name for name, _ in groups.sides}
@@ -183,7 +189,7 @@ def check_cut(cut: Cut, model: nn.Module) -> None:
                     f"the cut belongs to another architecture: {what} has {key} {here.get(key)}, expected "
                     f"{there.get(key)}; {_WAY_OUT}"
                 )
-    for name in dict.fromkeys((*cut.dense, *shapes)):
+    for name in sorted({*cut.dense, *shapes} - _passing(model, cut.kept)):
         here_shape, there_shape = shapes.get(name), cut.dense.get(name)
         if here_shape != there_shape:
             raise ValueError(
@@ -248,8 +254,9 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
             setattr(model.get_submodule(name), key, value)
     # Plain data: a model that is pickled whole can be loaded where this package is not.
     whole = dict(vars(cut_by(cut, model)))
-    for module in model.modules():  # parts that were cut before are not any more what their own would say
-        vars(module).pop(CUT, None)
+    for part, module in model.named_modules():  # parts that were cut before are not any more what their own would say
+        if any(name.startswith(f"{part}.") for name in cut.kept):
+            vars(module).pop(CUT, None)
     setattr(model, CUT, whole)
     return replaced
 
@@ -259,12 +266,19 @@ def cut_of(model: nn.Module) -> Cut | None:
     own = getattr(model, CUT, None)
     if own is not None:
         return Cut(**own)
-    parts = {name: cut for name, child in model.named_children() if (cut := cut_of(child)) is not None}
+    parts = {name: module for name, module in model.named_modules(remove_duplicate=False) if hasattr(module, CUT)}
     merged: dict[str, dict[str, Any]] = {field: {} for field in Cut.__dataclass_fields__}
-    for name, cut in parts.items():
-        for field, values in vars(cut).items():
-            merged[field] |= {f"{name}.{key}".rstrip("."): value for key, value in values.items()}
+    for name, module in parts.items():
+        if not any(name.startswith(f"{other}.") for other in parts):  # which says it of its own parts
+            for field, values in getattr(module, CUT).items():
+                merged[field] |= {f"{name}.{key}".rstrip("."): value for key, value in values.items()}
     return Cut(**merged) if parts else None
+
+
+def _cut_before(model: nn.Module) -> set[str]:
+    """Names of what was cut before."""
+    earlier = cut_of(model)
+    return set() if earlier is None else set(earlier.kept)
 
 
 def cut_by(cut: Cut, model: nn.Module) -> Cut:
@@ -275,8 +289,7 @@ def cut_by(cut: Cut, model: nn.Module) -> Cut:
 
 def uncut(model: nn.Module) -> Cut:
     """The cut that leaves all of `model` as it is."""
-    earlier = cut_of(model)
-    return Cut({}, {}, *describe(model, () if earlier is None else earlier.kept))
+    return Cut({}, {}, *describe(model, _cut_before(model)))
 
 
 def compose(first: Cut, second: Cut) -> Cut:

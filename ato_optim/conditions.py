@@ -135,23 +135,24 @@ def other_counts(
         return counts
 
 
-class _Fine(TorchDispatchMode):
-    """Leaves in float64 what would be converted to less: norms that are written by hand go through float32."""
+class Fine(TorchDispatchMode):
+    """Keeps in float64 what a forward would make, or convert to, in less: norms written by hand go through float32."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         dtype = kwargs.get("dtype")
-        if func is torch.ops.aten._to_copy.default and dtype is not None and dtype.is_floating_point:
-            fine = args[0].dtype == torch.float64
-            kwargs = {**kwargs, "dtype": torch.float64 if fine else dtype}
-        return func(*args, **kwargs)
+        if dtype is not None and dtype.is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        found = func(*args, **kwargs)
+        made = isinstance(found, Tensor) and not any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(args))
+        return _doubled(found) if made else found
 
 
 def _finely(forward_fn: ForwardFn) -> ForwardFn:
-    """`forward_fn` without conversions from float64 to less."""
+    """`forward_fn` in float64 throughout."""
 
     def run(model: nn.Module, example_inputs: Any) -> Any:
-        with _Fine():
+        with Fine():
             return forward_fn(model, example_inputs)
 
     return run

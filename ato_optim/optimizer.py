@@ -98,7 +98,7 @@ class ATO(torch.optim.Optimizer):
         seed: int = 0,
     ):
         root = checks.base_and_model(base_optimizer, model)
-        checks.unowned(root)
+        checks.unowned(base_optimizer, root)
         checks.arguments(
             phases, projection, penalty, interval, controller_lr, forward_fn, target_flops=target_flops,
             total_steps=total_steps, min_width=min_width, streams=streams, round_to=round_to, pull_time=pull_time,

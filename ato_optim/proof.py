@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .budget import minimum_widths
 from .compress import apply_cut, derive_cut
-from .conditions import TOLERANCE, forked_rng, in_float64, randomise, telling_inputs
+from .conditions import TOLERANCE, Fine, forked_rng, in_float64, randomise, telling_inputs
 from .copies import sharing_copy
 from .cost import build_cost, counted
 from .graph import ForwardFn
@@ -141,6 +141,7 @@ class Trial:
         self.min_width = min_width
         found = in_float64(model, example_inputs, forward_fn, trains)
         self.model, example_inputs, self.forward_fn, self.tolerance = found
+        self.in_float64 = self.forward_fn is not forward_fn
         self.pairs = min(max(1, int(MACS_OF_TRIALS // max(1, macs))), MOST_PAIRS)
         self.inputs, self.trains = telling_inputs(self.model, example_inputs, self.forward_fn), trains
         self.device = next(model.parameters()).device
@@ -244,7 +245,8 @@ class Trial:
             with forked_rng(self.device), torch.enable_grad():
                 outputs = [t for t in tensors_in(self.forward_fn(self.model, self.inputs)) if t.requires_grad]
                 weights = [torch.rand(t.shape, generator=generator).to(t) for t in outputs]
-                gradients = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
+                with Fine() if self.in_float64 else nullcontext():  # what is checkpointed runs again
+                    gradients = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
         except Exception:  # whatever the model raises
             return torch.zeros(groups.num_gates)
         return producers.sum((gradient.abs() for gradient in gradients), groups.num_gates)

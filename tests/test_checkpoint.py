@@ -271,30 +271,38 @@ class Caching(nn.Module):
         return self.fc(torch.relu(self.two((mask / mask.sum(1, keepdim=True)) @ x)))
 
 
-def test_buffers_that_a_forward_makes_or_lets_grow_are_no_part_of_the_architecture(tmp_path):
-    def build():
-        torch.manual_seed(0)
-        model = Caching()
-        base = torch.optim.SGD(model.parameters(), lr=0.05)
-        options = {"target_flops": 0.4, "min_width": 0.4, "total_steps": 40, "phases": SHORT}
-        return model, ATO(base, model, torch.randn(2, 7, 6), **options)
-
-    model, optimizer = build()
-    average = copy.deepcopy(model)
+def train_caching(model, optimizer):
     for step in range(40):
         optimizer.zero_grad()
         model(torch.randn(2, 7 + step % 5, 6)).square().mean().backward()
         optimizer.step()
-    average.load_state_dict(model.state_dict())
-    optimizer.compress()
+
+
+def build_caching(**options):
+    torch.manual_seed(0)
+    model = Caching()
+    options = {"target_flops": 0.4, "total_steps": 40, "phases": SHORT, **options}
+    return model, ATO(torch.optim.SGD(model.parameters(), lr=0.05), model, torch.randn(2, 7, 6), **options)
+
+
+def pruned_caching(**options):
+    model, optimizer = build_caching(**options)
+    train_caching(model, optimizer)
+    return optimizer.compress(), optimizer
+
+
+def test_buffers_that_a_forward_makes_or_lets_grow_are_no_part_of_the_architecture(tmp_path):
+    average = Caching()
+    model, optimizer = pruned_caching(min_width=0.4)
     assert len(model.norm.running_mean) == model.one.out_features < 16
     save_pruned(model, tmp_path / "small.pt")
-    again, other = build()
+    again, other = build_caching(min_width=0.4)
     other.load_state_dict(optimizer.state_dict())
     again.load_state_dict(model.state_dict())
+    optimizer.compress(model=average).load_state_dict(model.state_dict())
     x = torch.randn(2, 9, 6)
     expected = model.train()(x)
-    for copied in (load_pruned(Caching(), tmp_path / "small.pt"), again, optimizer.compress(model=average)):
+    for copied in (load_pruned(Caching(), tmp_path / "small.pt"), again, average):
         assert torch.equal(copied.train()(x), expected)
 
 
@@ -325,3 +333,46 @@ def test_a_pruned_network_inside_of_another_is_saved_with_it(again, tmp_path):
     with pytest.raises(ValueError, match="or a part of the pruned one"):
         save_pruned(loaded.backbone, tmp_path / "part.pt")
     assert hasattr(whole.backbone, "ato_cut") != again
+
+
+def test_files_that_name_buffers_which_pass_are_read(tmp_path):
+    """Those that were written when all buffers were compared."""
+    small, _ = pruned_caching(min_width=0.4)
+    save_pruned(small, tmp_path / "small.pt")
+    content = torch.load(tmp_path / "small.pt", weights_only=True)
+    content["cut"]["dense"]["mask"] = [7, 7]
+    torch.save(content, tmp_path / "small.pt")
+    loaded = load_pruned(Caching(), tmp_path / "small.pt")
+    x = torch.randn(2, 9, 6)
+    assert torch.equal(loaded.train()(x), small.train()(x))
+
+
+def test_statistics_that_are_not_saved_are_cut_by_the_first_of_two_cuts(tmp_path):
+    small, _ = pruned_caching(min_width=0.4)
+    width = small.one.out_features
+    base = torch.optim.SGD(small.parameters(), lr=0.05)
+    options = {"target_flops": 0.8, "total_steps": 40, "phases": SHORT, "ignored_layers": ["one"]}
+    second = ATO(base, small, torch.randn(2, 7, 6), **options)
+    train_caching(small, second)
+    second.compress()
+    assert width == small.one.out_features < 16
+    save_pruned(small, tmp_path / "small.pt")
+    loaded = load_pruned(Caching(), tmp_path / "small.pt")
+    x = torch.randn(2, 9, 6)
+    assert torch.equal(loaded.train()(x), small.train()(x))
+
+
+def test_a_pruned_network_under_two_names_is_saved(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 60)
+
+    def twice(net):
+        both = nn.Module()
+        both.one = both.two = net
+        both.forward = lambda x: net(x) + net(x)
+        return both
+
+    whole = twice(optimizer.compress())
+    save_pruned(whole, tmp_path / "whole.pt")
+    loaded = load_pruned(twice(Residual()), tmp_path / "whole.pt")
+    assert torch.equal(loaded.eval()(example()), whole.eval()(example()))

@@ -1,5 +1,6 @@
 """Copies of a network whose modules hold functions: these refer to the copy, whatever they know the network by."""
 
+import pickle
 from functools import partial
 
 import pytest
@@ -96,3 +97,50 @@ def test_functions_that_share_a_variable_share_it_in_the_copy_and_others_stay():
     copied = copy_model(model)
     copied(torch.randn(2, 3))
     assert seen[0] is seen[1] is copied[0].weight and copied[1].plain is plain
+
+
+def importable(module, args, output):
+    FEATURES["importable"] = output
+
+
+def test_what_can_be_imported_is_the_same_in_the_copy():
+    """Pickle knows it by its name."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.known = FEATURES
+    model[0].register_forward_hook(importable)
+    copied = copy_model(model)
+    assert next(iter(copied[0]._forward_hooks.values())) is importable
+    pickle.loads(pickle.dumps(copied))
+
+
+def test_a_function_that_calls_itself_and_one_that_keeps_a_table():
+    model = nn.Sequential(nn.Linear(3, 3))
+    table, seen = None, []
+
+    def times(number):
+        seen.append(model)
+        return number and 1 + times(number - 1)
+
+    def cached():
+        nonlocal table
+        table = model[0].weight if table is None else table
+        return table
+
+    model.times, model.cached = times, cached
+    copied = copy_model(model)
+    assert copied.times(3) == 3 and all(one is copied for one in seen)
+    assert copied.cached() is copied[0].weight and table is None and model.cached() is model[0].weight
+
+
+class Frozen(nn.Linear):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_hooks_of_what_copies_share_stay_the_originals():
+    model = nn.Sequential(Frozen(3, 3))
+    model.seen = []
+    model[0].register_forward_hook(lambda module, args, output: model.seen.append(output))
+    (hook,) = model[0]._forward_hooks.values()
+    assert copy_model(model)[0] is model[0]
+    assert list(model[0]._forward_hooks.values()) == [hook] and hook.__closure__[0].cell_contents is model

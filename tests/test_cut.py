@@ -413,3 +413,47 @@ def test_a_layer_that_is_not_what_it_was_is_named():
     model.one[0], model.one[1] = torch.nn.utils.fusion.fuse_conv_bn_eval(model.one[0], model.one[1]), nn.Identity()
     with pytest.raises(ValueError, match="model has changed since ATO was built .*weight"):
         optimizer.compress()
+
+
+class Delegates(torch.optim.Optimizer):
+    """A wrapper whose groups and state are its base's, as Accelerate's, and that remembers groups by their kind."""
+
+    def __init__(self, base):
+        self.__setstate__({"base": base, "matrices": [base.param_groups[0]], "defaults": base.defaults})
+        self.lists = {"all": base.param_groups[0]["params"]}
+
+    param_groups = property(lambda self: self.base.param_groups)
+    state = property(lambda self: self.base.state)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def test_a_base_that_shares_state_and_remembers_groups_follows():
+    torch.manual_seed(0)
+    model = Residual()
+    base = Delegates(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="total_steps")
+        train(model, optimizer, 20)
+    optimizer.compress()
+    assert all(base.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+    assert len(base.state) == len(list(model.parameters())) and base.lists["all"] == list(model.parameters())
+    train(model, optimizer, 2)
+
+
+def test_a_state_that_is_a_tensor_follows():
+    class Bare(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state.setdefault(p, torch.zeros_like(p)).add_(1)
+            return None
+
+    torch.manual_seed(0)
+    model = Residual()
+    optimizer = ATO(Bare(model.parameters(), lr=0.05), model, example(), target_flops=0.5, total_steps=20, phases=SHORT)
+    train(model, optimizer, 20)
+    optimizer.compress()
+    assert all(torch.equal(optimizer.state[p], torch.full_like(p, 20)) for p in model.parameters())

@@ -109,10 +109,15 @@ class Converts(nn.Linear):
 
 
 class Sums(nn.Linear):
-    """Rounds without a conversion."""
+    """Asks for float32 in other ways than a conversion, and makes a constant in it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[None].sum(0, dtype=torch.float32).to(x))
+        return super().forward(x[None].sum(0, dtype=torch.float32).to(x)) * torch.ones(self.out_features)
+
+
+class Rounds(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0 * x.detach().to(torch.complex64).real.mean()
 
 
 class Insists(nn.Linear):
@@ -129,7 +134,8 @@ class Insists(nn.Linear):
         (nn.Linear, True, TOLERANCE),
         (Fixed, True, TOLERANCE),
         (Converts, True, TOLERANCE),
-        (Sums, True, COARSE_TOLERANCE),
+        (Sums, True, TOLERANCE),
+        (Rounds, True, COARSE_TOLERANCE),
         (Insists, False, COARSE_TOLERANCE),
     ],
 )
@@ -226,3 +232,23 @@ def test_an_output_that_is_much_larger_hides_nothing(size):
     model = BesideLargeOutputs(size)
     optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, images(), target_flops=1, total_steps=1)
     assert [layer.root for layer in optimizer.plan.groups.layers] == ["a"]
+
+
+class Checkpointed(nn.Module):
+    """Recomputes a part that converts, in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def part(x: Tensor) -> Tensor:
+            return self.a(x).float().square().sqrt()  # whose slope at zero is not finite
+
+        return self.b(torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False))
+
+
+def test_a_steep_function_shows_in_a_checkpointed_part_too():
+    base = torch.optim.SGD((model := Checkpointed()).parameters(), lr=0.1)
+    plan = ATO(base, model, torch.randn(4, 6), target_flops=1, total_steps=1).plan
+    assert not plan.groups.layers and "finite" in plan.groups.left_out[0].reason
