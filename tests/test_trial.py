@@ -112,7 +112,10 @@ class Sums(nn.Linear):
     """Asks for float32 in other ways than a conversion, and makes a constant in it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[None].sum(0, dtype=torch.float32).to(x)) * torch.ones(self.out_features)
+        x = super().forward(x[None].sum(0, dtype=torch.float32).to(x))
+        kept = torch.zeros(x.shape)
+        kept[:] = x.detach()
+        return x + 0 * kept
 
 
 class Rounds(nn.Linear):
