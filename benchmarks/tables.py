@@ -40,7 +40,7 @@ def all_settings(cifar: Runs, float32: Runs) -> dict[str, dict[str, Runs]]:
         share = percent(float(budget))
         whole = load(f"control-streams-{share.removesuffix(' %')}-")
         settings[f"ResNet-20, {share}, 16 epochs"] = {**methods, WHOLE: whole}
-    settings["the same at 45 % in float32"] = budgets(float32)["0.45"]
+    settings["ResNet-20, 45 %, 16 epochs, float32"] = budgets(float32)["0.45"]
     for epochs in (32, 64):
         runs = load(f"epochs{epochs}-resnet20-") + load(f"gradual-epochs{epochs}-")
         settings[f"ResNet-20, 45 %, {epochs} epochs"] = budgets(runs)["0.45"]
