@@ -16,12 +16,12 @@ from .unwrap import tensors_in
 
 _WAY_OUT = "use compress(inplace=False), and a new optimizer to train on"
 
-Kept = dict[str, dict[int, list[int]]]
-"""Parameter name -> dimension -> positions that stay."""
-
 
 def cut_states(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], kept: Kept, dense: dict[str, list[int]]
+    optimizer: torch.optim.Optimizer,
+    names: dict[Tensor, str],
+    kept: dict[str, dict[int, list[int]]],
+    dense: dict[str, list[int]],
 ) -> Iterator[tuple[dict[Any, Any], Tensor, Any]]:
     """For each parameter in `kept`: what holds its state, the parameter, and its state cut. Nothing is changed.
 
@@ -30,6 +30,7 @@ def cut_states(
 
     Args:
         names: of the model's parameters.
+        kept: parameter name -> dimension -> positions that stay.
         dense: shape of each parameter before the cut, by its name.
 
     Raises:

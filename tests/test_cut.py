@@ -361,6 +361,15 @@ def test_a_state_that_cannot_follow_is_said_at_once_and_nothing_is_changed(kind)
     assert difference(model.eval()(example()), optimizer.compress(inplace=False).eval()(example())) < 1e-5
 
 
+def compress_without_a_warning(model, optimizer):
+    """Train and cut, with every warning an error but that of a short run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="total_steps")
+        train(model, optimizer, 20)
+    optimizer.compress()
+
+
 def test_numbers_and_lists_of_the_groups_follow():
     """What holds no tensors, and the very lists that are changed in place."""
 
@@ -375,11 +384,7 @@ def test_numbers_and_lists_of_the_groups_follow():
     model = Residual()
     base = Plain(model.parameters(), lr=0.05, momentum=0.9)
     optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="total_steps")
-        train(model, optimizer, 20)
-    optimizer.compress()
+    compress_without_a_warning(model, optimizer)
     assert [id(p) for p in base.all] == [id(p) for p in model.parameters()]
     assert all(optimizer.state[p]["betas"] == (0.9, [1, 2]) for p in model.parameters())
 
@@ -434,11 +439,7 @@ def test_a_base_that_shares_state_and_remembers_groups_follows():
     model = Residual()
     base = Delegates(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
     optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=20, phases=SHORT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="total_steps")
-        train(model, optimizer, 20)
-    optimizer.compress()
+    compress_without_a_warning(model, optimizer)
     assert all(base.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
     assert len(base.state) == len(list(model.parameters())) and base.lists["all"] == list(model.parameters())
     train(model, optimizer, 2)
