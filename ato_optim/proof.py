@@ -249,7 +249,7 @@ class Trial:
                     gradients = torch.autograd.grad(outputs, parameters, weights, materialize_grads=True)
         except Exception:  # whatever the model raises
             return torch.zeros(groups.num_gates)
-        return producers.sum((gradient.abs() for gradient in gradients), groups.num_gates)
+        return producers.to(self.device).sum((gradient.abs() for gradient in gradients), groups.num_gates).cpu()
 
     def _unseen(self, groups: Groups, gradients: Tensor) -> dict[tuple[str, int], str]:
         """Keys of layer groups that change nothing by themselves, nor have any of the `gradients` (see _gradients)."""
