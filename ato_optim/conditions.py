@@ -23,7 +23,8 @@ COARSE_TOLERANCE = 1e-4
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     """A context after which the random states of the CPU and of `device` are what they were."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+    # An accelerator's state is asked for by device; MPS has one device, and takes none.
+    return torch.random.fork_rng([] if device.type in ("cpu", "mps") else [device], device_type=device.type)
 
 
 @torch.no_grad()
