@@ -66,7 +66,7 @@ def capacity(kept: Tensor, whole: Tensor, chain: Tensor) -> Tensor:
         whole: what all of its channels weigh (layers,).
         chain: (layers,) int64 below the number of layers.
     """
-    # A matrix, for index_add on an accelerator adds in any order, and each rank would get another sum.
+    # A matrix: its sums have one order, whatever the number of threads, and every rank gets the same.
     member = chain == torch.arange(len(chain), device=chain.device)[:, None]  # (chains, layers)
     mean = ((member * (kept / whole).log()).sum(1) / member.sum(1).clamp_min(1)).exp()
     weight = (member * whole).sum(1)

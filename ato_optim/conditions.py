@@ -187,8 +187,9 @@ def in_float64(
     In float32 a small difference far from the output drowns in rounding, and so does one beside an output that is much
     larger. A model that does not run in float64, of training too if it `trains`, is tried as it is.
     """
-    inputs, finely = _pytree.tree_map(_doubled, example_inputs), _finely(forward_fn)
-    try:
+    finely = _finely(forward_fn)
+    try:  # a device may have no float64
+        inputs = _pytree.tree_map(_doubled, example_inputs)
         fine = copy_model(model, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
         with _Rounding() as rounding:
             finely(fine, inputs)

@@ -133,10 +133,6 @@ class Kept:
             torch.cat([self.gate, gates]),
         )
 
-    def to(self, device: torch.device) -> Kept:
-        """The same on `device`."""
-        return Kept(self.fixed.to(device), self.layer.to(device), self.gate.to(device))
-
 
 @dataclass(frozen=True)
 class CostModel:
@@ -157,12 +153,6 @@ class CostModel:
     def dense(self) -> float:
         """The count with all gates open."""
         return self(torch.ones(self.num_gates, device=self.unit.device)).item()
-
-    def to(self, device: torch.device) -> CostModel:
-        """The same on `device`."""
-        return CostModel(
-            self.constant, self.unit.to(device), self.inputs.to(device), self.outputs.to(device), self.num_gates
-        )
 
 
 def _kept(table: GateTable, num_gates: int, slots: dict[tuple[str, int], int], totals: list[int]) -> Kept:

@@ -124,6 +124,7 @@ class ATO(torch.optim.Optimizer):
         limit = self.least_flops + streams * (self.target_flops - self.least_flops)
         self.least = plan.stream_widths(min_width, self.round_to, limit)
         self.mask = torch.ones(plan.groups.num_gates, dtype=torch.bool, device=plan.device)
+        self._layer_of_gate = plan.layer_of_gate.to(plan.device)  # for the pull, which is there every step
         self.search: Search | None = None
         if self.target_flops < 1:
             checks.turns(self.schedule)
@@ -260,7 +261,7 @@ class ATO(torch.optim.Optimizer):
         """The masking of the coming training forward: the same for all forwards of one step."""
         if self.search is not None and self._turn is None and self._turn_due:
             with torch.no_grad():
-                gates = self.search.gates(self.step_count)
+                gates = self.search.gates(self.step_count).to(self.plan.device)
             self._turn = Masking(self.model, self.plan.groups.consumers, gates)
         return self._turn
 
@@ -269,9 +270,9 @@ class ATO(torch.optim.Optimizer):
         turn.undo()
         checks.trained(self.model, {*turn.table.names, *self.plan.groups.producers.names})
         ascending = {name for name, maximize in option(self.base, self.model, "maximize").items() if maximize}
-        gradient = gate_gradient(self.model, turn.table, turn.gates, ascending)
+        gradient = gate_gradient(self.model, turn.table, turn.gates, ascending).cpu()
         if checks.finite(gradient, self.step_count):
-            weights = channel_weights(self.plan.groups, self.model)
+            weights = channel_weights(self.plan.groups, self.model).cpu()
             budget = self.schedule.budget(self.step_count, self.target_flops)
             search.learn(self.step_count, gradient, weights, budget)
         self._set_mask(search.proposal(), self.step_count)
@@ -289,7 +290,7 @@ class ATO(torch.optim.Optimizer):
         else:
             rates = option(self.base, self.model, "lr")
             norm, rate = norms_and_rates(producers, self.model, rates, len(self.mask))
-            shares = masked_shares(self.mask, self.plan.layer_of_gate, len(self.least))
+            shares = masked_shares(self.mask, self._layer_of_gate, len(self.least))
             threshold = self.schedule.grown(step, self.penalty) * rate * shares
             factor = halfspace(norm, threshold, self.epsilon if self.projection == "halfspace" else 0.0)
         gates = torch.where(self.mask, 1.0, factor)
@@ -298,7 +299,7 @@ class ATO(torch.optim.Optimizer):
             table.scale(table.parameters(self.model), gates)
 
     def _set_mask(self, mask: Tensor, step: int) -> None:
-        self.mask = mask
+        self.mask = mask.to(self.plan.device)
         self.history.append((step, self.plan.share(mask)))
 
     def _detach(self) -> None:

@@ -25,7 +25,7 @@ from .threads import one_at_a_time
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups and cost of one model.
+    """Groups and cost of one model: the tables of its groups on the model's device, all else on the CPU.
 
     Attributes:
         groups: what can be pruned, and what not and why.
@@ -48,18 +48,18 @@ class Plan:
     @property
     def device(self) -> torch.device:
         """The model's."""
-        return self.layer_of_gate.device
+        return self.groups.producers.gate.device
 
     def share(self, mask: Tensor) -> float:
         """Share of the dense MACs with the gates that are True in `mask` (gates,) open."""
         dense = self.cost.dense
-        return self.cost(mask).item() / dense if dense else 1.0
+        return self.cost(mask.cpu()).item() / dense if dense else 1.0
 
     def count_parameters(self, mask: Tensor) -> int:
         """Entries of all parameters when the gates (gates,) that are False in `mask` are removed."""
         sizes = {name: list(shape) for name, shape in self.shapes.items()}
         for table in (self.groups.producers, self.groups.consumers, self.groups.followers):
-            for name, dim, open_ in zip(table.names, table.dims, table.split(mask), strict=True):
+            for name, dim, open_ in zip(table.names, table.dims, table.split(mask.to(self.device)), strict=True):
                 if name in sizes:
                     sizes[name][dim] = int(open_.sum())
         return sum(math.prod(shape) for shape in sizes.values())
@@ -70,7 +70,7 @@ class Plan:
             math.lcm(*(round_to // math.gcd(channels, round_to) for channels in layer.layers.values()))
             for layer in self.groups.layers
         ]
-        return torch.tensor(lots, dtype=torch.long, device=self.device)
+        return torch.tensor(lots, dtype=torch.long, device="cpu")
 
     def stream_widths(self, min_width: float, round_to: int, limit: float) -> Tensor:
         """Minimum widths (layers,) int64 in which residual streams keep as many channels as they can.
@@ -87,6 +87,7 @@ class Plan:
 
     def facts(self, mask: Tensor, least: Tensor) -> dict[str, Any]:
         """What a Report says of the model, of `mask` (gates,) bool, and of `least`, what all masks of the run open."""
+        mask = mask.cpu()
         dense = torch.ones_like(mask)
         return {
             "prunable_flops": 1 - self.share(torch.zeros_like(mask)),
@@ -143,14 +144,13 @@ def make_plan(
             found.refuse(failed)
             groups = found.groups()
         cost = build_cost(copied, groups, counts, trial.slopes)
-    layer_of_gate = groups.layer_of_gate()
     return Plan(
         groups.to(device),
-        cost.to(device),
-        layer_of_gate.to(device),
-        groups.channels().to(device),
-        torch.tensor([layer.size for layer in groups.layers], dtype=torch.long, device=device),
-        torch.tensor([layer.summed for layer in groups.layers], dtype=torch.bool, device=device),
+        cost,
+        groups.layer_of_gate(),
+        groups.channels(),
+        torch.tensor([layer.size for layer in groups.layers], dtype=torch.long),
+        torch.tensor([layer.summed for layer in groups.layers], dtype=torch.bool),
         {name: tuple(p.shape) for name, p in model.named_parameters()},
     )
 

@@ -113,8 +113,8 @@ def difference(outputs: Any, others: Any, before: Any = None) -> float:
     for a, b, reference in zip(here, there, references, strict=True):
         if a.numel() and (a.is_floating_point() or a.is_complex()):
             counted_in = a.isfinite() if reference is None else a.isfinite() & (a != reference)
-            largest.append(torch.where(counted_in, a.abs(), 0).max().double().cpu())
-            apart.append(torch.where(a == b, 0, (a - b).abs()).max().double().cpu())
+            largest.append(torch.where(counted_in, a.abs(), 0).max().cpu().double())
+            apart.append(torch.where(a == b, 0, (a - b).abs()).max().cpu().double())
     found = torch.stack(apart).max().item()
     return found / torch.stack(largest).max().item() if math.isfinite(found) else math.inf
 

@@ -19,7 +19,8 @@ from .plan import Plan
 class Search:
     """A controller that learns, turn by turn, which gates of `plan` to open.
 
-    It has a say in the layer groups that can lose a channel at all.
+    It has a say in the layer groups that can lose a channel at all. All of it is on the CPU, wherever the model is: it
+    is small, its turns are few, and it comes to the same there on every rank, and beside every accelerator.
 
     Args:
         least: fewest open gates (layers,) int64 of every layer group.
@@ -49,8 +50,8 @@ class Search:
         self.sizes = plan.sizes[closable]
         chain = find_chains(plan.cost, plan.layer_of_gate, plan.summed)[closable]
         self.chain = chain.unique(return_inverse=True)[1]
-        layer_of_gate = torch.arange(len(self.sizes), device=plan.device).repeat_interleave(self.sizes)
-        self.controller = Controller(layer_of_gate.cpu(), seed).to(plan.device)
+        layer_of_gate = torch.arange(len(self.sizes), device="cpu").repeat_interleave(self.sizes)
+        self.controller = Controller(layer_of_gate, seed)
         self.optimizer = torch.optim.AdamW(self.controller.parameters(), lr=lr, weight_decay=weight_decay)
 
     def _of_all(self, values: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class Search:
     def gates(self, step: int) -> Tensor:
         """Gates (gates,) in {0., 1.} of the turn at `step`, differentiable in the controller's weights."""
         logits = self.controller()
-        noise = self._of_all(gumbel_noise(len(logits), self.seed, step).to(logits))
+        noise = self._of_all(gumbel_noise(len(logits), self.seed, step))
         logits = self._of_all(logits)
         gates = binarise(logits, noise)
         kept = keep_minimum(gates > 0.5, logits + noise, self.plan.layer_of_gate, self.least)
@@ -76,7 +77,7 @@ class Search:
         `weights` (gates,) are those of the channels in the capacity, `budget` is the share of the dense MACs that it
         shall keep at `step`.
         """
-        with torch.enable_grad(), torch.autocast(self.plan.device.type, enabled=False):
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             gates = self.gates(step)
             share = self.plan.cost(gates) / self.plan.cost.dense
             left = capacity(self._by_layer(gates * weights), self._by_layer(weights), self.chain)

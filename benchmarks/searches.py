@@ -21,7 +21,7 @@ class Chance(Search):
         self.plan, self.least, self.target = own.plan, own.least, own.target
         self.settings = own.settings
         generator = torch.Generator().manual_seed(own.seed)
-        self.scores = torch.rand(own.plan.groups.num_gates, generator=generator).to(own.plan.device)
+        self.scores = torch.rand(own.plan.groups.num_gates, generator=generator)
         self.budget = 1.0
 
     def _mask(self, budget: float, lots: Tensor | int = 1) -> Tensor:

@@ -1,6 +1,7 @@
 // A device "ghost" for tests where there is no accelerator: its memory is the CPU's, its operations are the CPU's, and
 // it refuses what an accelerator refuses: tensors of the CPU beside its own, unless they are scalars or indices, and
-// generators of the CPU. It counts what is read back, where an accelerator would be waited for.
+// generators of the CPU, and, as some do, float64. It counts copies from and to the CPU, for which an accelerator would be
+// waited.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -24,8 +25,15 @@ using Optional = std::optional<Tensor>;
 namespace {
 constexpr auto GHOST = c10::DeviceType::PrivateUse1;
 const c10::DispatchKeySet KEY(c10::DispatchKey::PrivateUse1);
-int64_t reads = 0;
-thread_local bool inside = false;  // of an operation of the CPU, whose copies are none of an accelerator
+int64_t waits = 0;
+bool has_float64 = true;
+thread_local int depth = 0;
+
+struct OnCpu {  // while it lives copies are those of an operation of the CPU: an accelerator would make none
+  at::NoGradGuard guard;
+  OnCpu() { ++depth; }
+  ~OnCpu() { --depth; }
+};
 
 struct Memory final : at::Allocator {
   static void release(void* memory) { c10::free_cpu(memory); }
@@ -66,15 +74,20 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 } hooks;
 
+c10::ScalarType checked(std::optional<at::ScalarType> dtype) {
+  TORCH_CHECK(has_float64 || dtype != at::kDouble, "the ghost device has no float64");
+  return c10::dtype_or_default(dtype);
+}
+
 Tensor empty(SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<Device>,
              std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory, KEY, c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory, KEY, checked(dtype), format);
 }
 
 Tensor empty_strided(SymIntArrayRef size, SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
                      std::optional<at::Layout>, std::optional<Device>, std::optional<bool>) {
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory, KEY,
-                                           c10::dtype_or_default(dtype));
+                                           checked(dtype));
 }
 
 // The same memory, as the CPU's.
@@ -88,7 +101,7 @@ Tensor on_cpu(const Tensor& tensor) {
 
 Tensor copy_from(const Tensor& self, const Tensor& target, bool) {
   at::NoGradGuard guard;
-  reads += target.is_cpu() && !inside;
+  waits += target.is_cpu() != self.is_cpu() && !depth;
   if (self.numel()) on_cpu(target).copy_(on_cpu(self));
   return target;
 }
@@ -133,7 +146,7 @@ Tensor& set_whole_storage(Tensor& self, at::Storage storage) {
 }
 
 at::Scalar local_scalar_dense(const Tensor& self) {
-  ++reads;
+  waits += !depth;
   return on_cpu(self).item();
 }
 
@@ -162,9 +175,8 @@ void on_cpu_checked(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     TORCH_CHECK(given.device().type() == GHOST, name, " takes a generator of the CPU for a tensor on the ghost device");
     value = c10::IValue(static_cast<Generator*>(given.unsafeGetGeneratorImpl())->inner);
   }
-  const bool before = std::exchange(inside, true);
+  OnCpu running;
   at::native::cpu_fallback(op, stack);
-  inside = before;
 }
 
 Tensor moved(const Tensor& tensor) { return tensor.defined() ? tensor.to(Device(GHOST, 0)) : tensor; }
@@ -176,7 +188,7 @@ Optional optional_on_cpu(const Optional& tensor, const char* name) {
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const Optional& bias, IntArrayRef stride, IntArrayRef padding,
                    IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups) {
-  at::NoGradGuard guard;
+  OnCpu running;
   check(x, "convolution"), check(weight, "convolution");
   return moved(at::convolution(on_cpu(x), on_cpu(weight), optional_on_cpu(bias, "convolution"), stride, padding,
                                dilation, transposed, output_padding, groups));
@@ -186,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
                                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                         bool transposed, IntArrayRef output_padding, int64_t groups,
                                                         std::array<bool, 3> mask) {
-  at::NoGradGuard guard;
+  OnCpu running;
   const std::vector<int64_t> bias{transposed ? weight.size(1) * groups : weight.size(0)};
   auto [x_grad, weight_grad, bias_grad] =
       at::convolution_backward(on_cpu(grad), on_cpu(x), on_cpu(weight), IntArrayRef(bias), stride, padding, dilation,
@@ -198,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
 std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const Optional& weight, const Optional& bias,
                                               const Optional& mean, const Optional& variance, bool training,
                                               double momentum, double eps) {
-  at::NoGradGuard guard;
+  OnCpu running;
   const auto get = [](const Optional& tensor) { return optional_on_cpu(tensor, "batch_norm"); };
   auto [output, batch_mean, batch_scale] = at::native_batch_norm(on_cpu(x), get(weight), get(bias), get(mean),
                                                                  get(variance), training, momentum, eps);
@@ -250,6 +262,7 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   at::RegisterPrivateUse1HooksInterface(&hooks);
-  module.def("reads", [] { return reads; });
+  module.def("waits", [] { return waits; });
+  module.def("set_float64", [](bool has) { has_float64 = has; });
   module.def("default_generator", [] { return hooks.getDefaultGenerator(0); });
 }

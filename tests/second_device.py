@@ -19,6 +19,7 @@ from torch.utils.cpp_extension import load
 from ato_optim import ATO, load_pruned, save_pruned
 
 NETWORKS = ["Residual", "Concat", "Depthwise", "SqueezeExcitation"]
+RUNS = [(name, how) for name in NETWORKS for how in ("float32", "bfloat16", "no float64")]
 STEPS = 40
 
 
@@ -37,7 +38,7 @@ def ghost(folder: Path) -> types.ModuleType:
     module.manual_seed_all = lambda seed: built.default_generator().manual_seed(seed)
     module.get_rng_state = lambda device=0: built.default_generator().get_state()
     module.set_rng_state = lambda state, device=0: built.default_generator().set_state(state)
-    module.reads = built.reads
+    module.waits, module.set_float64 = built.waits, built.set_float64
     torch._register_device_module("ghost", module)
     return module
 
@@ -61,14 +62,13 @@ class Run:
 
 def trained(network, device, autocast):
     """What came out of a run that is interrupted after a third and is cut in the middle."""
-    run, reads, data = Run(network, device, autocast), [], list(batches(STEPS))
-    seen = getattr(torch, device).reads if device != "cpu" else lambda: 0
+    run, waits, data = Run(network, device, autocast), [], list(batches(STEPS))
+    seen = getattr(torch, device).waits if device != "cpu" else lambda: 0
     for k, (images, labels) in enumerate(data):
         batch = images.to(device), labels.to(device)
-        before, phase, turns = seen(), run.optimizer.phase, len(run.optimizer.history)
+        before, masks = seen(), len(run.optimizer.history)
         run.step(*batch)
-        ordinary = phase == run.optimizer.phase and len(run.optimizer.history) == turns
-        reads += [seen() - before] if ordinary else []
+        waits += [seen() - before] if len(run.optimizer.history) == masks else []
         if k == STEPS // 3:
             file = io.BytesIO()
             torch.save((run.model.state_dict(), run.optimizer.state_dict()), file)
@@ -88,10 +88,11 @@ def trained(network, device, autocast):
     return {
         "mask": run.optimizer.mask.cpu(),
         "history": run.optimizer.history,
+        "report": str(run.optimizer.report()),
         "weights": {name: tensor.cpu() for name, tensor in run.model.state_dict().items()},
         "outputs": {"zeroed": zeroed, "removed": removed},
         "loaded": {"here": loaded(x), "there": run.model.eval()(x.to(device)).cpu()},
-        "reads": reads,
+        "waits": waits,
     }
 
 
@@ -114,9 +115,9 @@ def main(path: Path):
     torch.set_num_threads(1)
     module = ghost(path.parent)
     found = {"random state": random_state(module)}
-    for network in NETWORKS:
-        for autocast in (False, True):
-            found[network, autocast] = {device: trained(network, device, autocast) for device in ("cpu", "ghost")}
+    for network, how in RUNS:
+        module.set_float64(how != "no float64")
+        found[network, how] = {device: trained(network, device, how == "bfloat16") for device in ("cpu", "ghost")}
     torch.save(found, path)
 
 
