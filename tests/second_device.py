@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import load
 from ato_optim import ATO, load_pruned, save_pruned
 
 NETWORKS = ["Residual", "Concat", "Depthwise", "SqueezeExcitation"]
-RUNS = [(name, how) for name in NETWORKS for how in ("float32", "bfloat16", "no float64")]
+RUNS = [(name, how) for name in NETWORKS for how in ("float32", "bfloat16", "no float64")] + [("Residual", "halfspace")]
 STEPS = 40
 
 
@@ -46,11 +46,16 @@ def ghost(folder: Path) -> types.ModuleType:
 class Run:
     """A model that trains with ATO on `device`."""
 
-    def __init__(self, network, device, autocast):
+    def __init__(self, network, device, how):
         torch.manual_seed(0)
-        self.model, self.device, self.autocast = getattr(networks, network)().to(device), device, autocast
+        self.model, self.device, self.autocast = getattr(networks, network)().to(device), device, how == "bfloat16"
         base = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        self.optimizer = ATO(base, self.model, example(2).to(device), target_flops=0.5, total_steps=STEPS)
+        options = {
+            "target_flops": 0.5,
+            "total_steps": STEPS,
+            "projection": "halfspace" if how == "halfspace" else "timed",
+        }
+        self.optimizer = ATO(base, self.model, example(2).to(device), **options)
 
     def step(self, images, labels):
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
@@ -60,9 +65,9 @@ class Run:
         self.optimizer.step()
 
 
-def trained(network, device, autocast):
+def trained(network, device, how):
     """What came out of a run that is interrupted after a third and is cut in the middle."""
-    run, waits, data = Run(network, device, autocast), [], list(batches(STEPS))
+    run, waits, data = Run(network, device, how), [], list(batches(STEPS))
     seen = getattr(torch, device).waits if device != "cpu" else lambda: 0
     for k, (images, labels) in enumerate(data):
         batch = images.to(device), labels.to(device)
@@ -72,7 +77,7 @@ def trained(network, device, autocast):
         if k == STEPS // 3:
             file = io.BytesIO()
             torch.save((run.model.state_dict(), run.optimizer.state_dict()), file)
-            run = Run(network, device, autocast)
+            run = Run(network, device, how)
             model, optimizer = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
             run.model.load_state_dict(model)
             run.optimizer.load_state_dict(optimizer)
@@ -117,7 +122,7 @@ def main(path: Path):
     found = {"random state": random_state(module)}
     for network, how in RUNS:
         module.set_float64(how != "no float64")
-        found[network, how] = {device: trained(network, device, how == "bfloat16") for device in ("cpu", "ghost")}
+        found[network, how] = {device: trained(network, device, how) for device in ("cpu", "ghost")}
     torch.save(found, path)
 
 
