@@ -155,9 +155,13 @@ def _input_shape(grad_fn: Any) -> tuple[int, ...]:
     return tuple(grad_fn._saved_self.shape if sizes is None else sizes)
 
 
+def _signed(number: int) -> int:
+    """A dimension, or an end of a slice: torch keeps negative ones as unsigned 64-bit numbers."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
 def _dimension(dim: int, rank: int) -> int:
-    """The dimension `dim`; torch keeps negative ones as unsigned 64-bit numbers."""
-    return dim - (1 << 64) + rank if dim >= 1 << 63 else dim % rank
+    return _signed(dim) % rank
 
 
 def _dimensions(grad_fn: Any) -> list[int]:
@@ -185,7 +189,8 @@ def _window(kind: OPTYPE, grad_fn: Any, place: int) -> tuple[range, int]:
     shape = tuple(grad_fn._saved_self_sym_sizes)
     everything = range(shape[_dimension(grad_fn._saved_dim, len(shape))])
     if kind == OPTYPE.SLICE:
-        return everything[grad_fn._saved_start : grad_fn._saved_end : grad_fn._saved_step], len(everything)
+        start, end = _signed(grad_fn._saved_start), _signed(grad_fn._saved_end)
+        return everything[start : end : grad_fn._saved_step], len(everything)
     sizes = getattr(grad_fn, "_saved_split_sizes", None)
     start = sum(sizes[:place]) if sizes is not None else place * grad_fn._saved_split_size
     size = sizes[place] if sizes is not None else grad_fn._saved_split_size

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .base import held, with_inner
 from .compress import Cut, apply_cut, select
+from .nests import tensors_in
 from .sharding import is_sharded
-from .unwrap import tensors_in
 
 _WAY_OUT = "use compress(inplace=False), and a new optimizer to train on"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 import weakref
@@ -81,17 +82,28 @@ def module(argument: str, value: Any) -> None:
 
 def unowned(base: torch.optim.Optimizer, model: nn.Module) -> None:
     """No ATO that has not compressed yet has the model, nor, if it trains the same, a part or a whole of it."""
+    if _contended(base, model):
+        gc.collect()  # an ATO that was dropped may live on in a cycle, with its scheduler say
+    for owned in _contended(base, model):
+        part = "part" if owned in set(model.modules()) else "whole"
+        whose = "" if owned is model else f" for its {part} {type(owned).__name__}"
+        raise ValueError(
+            f"model ({type(model).__name__}) already has an ATO{whose}, at step {owner_of(owned).step_count}: use that "
+            "one, or drop it first (del optimizer, and whatever holds it)"
+        )
+
+
+def _contended(base: torch.optim.Optimizer, model: nn.Module) -> list[nn.Module]:
+    """The model, parts and wholes of it, as far as an ATO that has not compressed yet has them and trains the same."""
     parts, trained = set(model.modules()), {id(p) for group in base.param_groups for p in group["params"]}
-    for owned in list(OWNERS):
+
+    def same(owned: nn.Module) -> bool:
         owner = owner_of(owned)
         if owner is None or owner.cut is not None or not (owned in parts or model in set(owned.modules())):
-            continue
-        if owned is model or not trained.isdisjoint(id(p) for group in owner.param_groups for p in group["params"]):
-            whose = "" if owned is model else f" for its {'part' if owned in parts else 'whole'} {type(owned).__name__}"
-            raise ValueError(
-                f"model ({type(model).__name__}) already has an ATO{whose}, at step {owner.step_count}: use that one, "
-                "or drop it first (del optimizer, and whatever holds it)"
-            )
+            return False
+        return owned is model or not trained.isdisjoint(id(p) for group in owner.param_groups for p in group["params"])
+
+    return [owned for owned in list(OWNERS) if same(owned)]
 
 
 PATIENCE = 5
@@ -187,8 +199,13 @@ def budget(target_flops: float, plan: Plan, least: float) -> None:
     if target_flops == 1:
         return
     if not plan.groups.layers:
-        reasons = "; ".join(f"{', '.join(e.layers) or '?'} {e.reason}" for e in plan.groups.left_out[:10])
-        raise ValueError(f"model has nothing to prune: {reasons or 'it has no convolution or linear layer'}")
+        left = plan.groups.left_out
+        reasons = "; ".join(f"{', '.join(e.layers) or '?'} {e.reason}" for e in left[:10])
+        another = bool(left) and all(e.reason == UNREACHED for e in left)
+        raise ValueError(
+            f"model has nothing to prune: {reasons or 'it has no convolution or linear layer'}"
+            f"{'. A forward_fn has to run the model that it is given, which is a copy' if another else ''}"
+        )
     if target_flops < least:
         raise ValueError(
             f"target_flops={target_flops} cannot be reached: the least budget of this model is "

@@ -133,12 +133,13 @@ def _prune(model: nn.Module, groups: Groups, mask: Tensor) -> None:
     """Let torch-pruning's pruners remove from every module of `model` the channels that `mask` (gates,) closes."""
     open_ = torch.cat([mask, mask.new_ones(1)])
     gone = {key: (~open_[gates]).nonzero().flatten().tolist() for key, gates in groups.sides.items()}
+    by_group = {name for name, _ in gone if grouped(model.get_submodule(name))}  # it may be left with one group
     for (name, writes), channels in gone.items():
         module = model.get_submodule(name)
         pruner = tp.pruner.function.PrunerBox.get(tp.ops.module2type(module))
         if not channels or pruner is None:
             continue
-        if grouped(module):
+        if name in by_group:
             if writes:
                 _close_groups(module, gone.get((name, False), channels), channels)
         elif writes:

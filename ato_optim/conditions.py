@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -13,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .copies import copy_model, sharing_copy
 from .cost import counted
 from .graph import ForwardFn
-from .unwrap import tensors_in
+from .nests import tensors_in, with_tensors
 
 TOLERANCE = 1e-8
 """Largest difference of outputs, relative to the largest that closing changes, in a trial that runs in float64."""
@@ -21,10 +24,17 @@ COARSE_TOLERANCE = 1e-4
 """The same where the model insists on a lower precision."""
 
 
-def forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """A context after which the random states of the CPU and of `device` are what they were."""
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """A context after which the random states of the CPU and of `device`, NumPy's and Python's are what they were."""
+    states = random.getstate(), np.random.get_state()
     # An accelerator's state is asked for by device; MPS has one device, and takes none.
-    return torch.random.fork_rng([] if device.type in ("cpu", "mps") else [device], device_type=device.type)
+    with torch.random.fork_rng([] if device.type in ("cpu", "mps") else [device], device_type=device.type):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @torch.no_grad()
@@ -53,9 +63,9 @@ def randomise(model: nn.Module) -> None:
             buffer.fill_(0.5)
 
 
-def _drawable(leaf: Any) -> bool:
-    """Whether a leaf of the example inputs can be drawn anew: a dense tensor of floating-point numbers."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided
+def _drawable(tensor: Tensor) -> bool:
+    """Whether a tensor of the example inputs can be drawn anew: a dense one of floating-point numbers."""
+    return tensor.is_floating_point() and tensor.layout is torch.strided
 
 
 def _of_integers(tensor: Tensor) -> bool:
@@ -68,12 +78,12 @@ def _redrawn(example_inputs: Any) -> Any:
     """The example inputs with floating-point tensors drawn anew, with a mean of the other sign."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(leaf: Any) -> Any:
-        if not _drawable(leaf):
-            return leaf
-        return (torch.randn(leaf.shape, generator=generator) + (-1 if leaf.mean() > 0 else 1)).to(leaf)
+    def draw(tensor: Tensor) -> Tensor:
+        if not _drawable(tensor):
+            return tensor
+        return (torch.randn(tensor.shape, generator=generator) + (-1 if tensor.mean() > 0 else 1)).to(tensor)
 
-    return _pytree.tree_map(draw, example_inputs)
+    return with_tensors(example_inputs, draw)
 
 
 def telling_inputs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
@@ -86,28 +96,31 @@ def telling_inputs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn)
 
 
 def _with_floats_drawn(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
-    floats = [t for t in _pytree.tree_leaves(example_inputs) if _drawable(t)]
+    floats = [t for t in tensors_in(example_inputs) if _drawable(t)]
     if all(t.numel() < 2 or (t.isfinite().all() and t.min() < t.max()) for t in floats):
         return example_inputs
     drawn = _redrawn(example_inputs)
-    positive = _pytree.tree_map(lambda leaf: leaf.abs() if _drawable(leaf) else leaf, drawn)
+    positive = with_tensors(drawn, lambda tensor: tensor.abs() if _drawable(tensor) else tensor)
     return next((inputs for inputs in (drawn, positive) if _takes(model, inputs, forward_fn)), example_inputs)
 
 
 def _with_two_integers(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> Any:
-    leaves, spec = _pytree.tree_flatten(example_inputs)
-    several = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.numel() > 1]
-    if not all(_of_integers(leaves[k]) and leaves[k].min() == leaves[k].max() for k in several):
+    several = [tensor for tensor in tensors_in(example_inputs) if tensor.numel() > 1]
+    if not all(_of_integers(tensor) and tensor.min() == tensor.max() for tensor in several):
         return example_inputs
     generator = torch.Generator().manual_seed(0)
-    ones = [k for k in several if leaves[k].all() and leaves[k].max() == 1]  # a mask may be among them
-    for chosen in [*([k] for k in several if k not in ones), ones]:
-        drawn = list(leaves)
-        for k in chosen:
-            # What it was and the number below, of zeros that above: a larger index might not exist.
-            steps = (torch.randperm(drawn[k].numel(), generator=generator) % 2).view(drawn[k].shape).to(drawn[k])
-            drawn[k] = drawn[k] - steps if drawn[k].any() else steps
-        inputs = _pytree.tree_unflatten(drawn, spec)
+
+    def draw(tensor: Tensor) -> Tensor:
+        # What it was and the number below, of zeros that above: a larger index might not exist.
+        steps = (torch.randperm(tensor.numel(), generator=generator) % 2).view(tensor.shape).to(tensor)
+        return tensor - steps if tensor.any() else steps
+
+    def drawn(chosen: set[int]) -> Any:
+        return with_tensors(example_inputs, lambda tensor: draw(tensor) if id(tensor) in chosen else tensor)
+
+    ones = {id(tensor) for tensor in several if tensor.all() and tensor.max() == 1}  # a mask may be among them
+    for chosen in [*({id(tensor)} for tensor in several if id(tensor) not in ones), ones]:
+        inputs = drawn(chosen)
         if _takes(model, inputs, forward_fn):
             return inputs
     return example_inputs
@@ -189,7 +202,7 @@ def in_float64(
     """
     finely = _finely(forward_fn)
     try:  # a device may have no float64
-        inputs = _pytree.tree_map(_doubled, example_inputs)
+        inputs = with_tensors(example_inputs, _doubled)
         fine = copy_model(model, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
         with _Rounding() as rounding:
             finely(fine, inputs)

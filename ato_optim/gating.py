@@ -9,6 +9,7 @@ autograd's version counters; between the two they are what they were.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .groups import GateTable
+from .nests import tensors_in
 from .sharding import cloned, is_sharded, like, local, reshard
-from .unwrap import tensors_in, wrappers
+from .unwrap import wrappers
 
 
 class Masking:
@@ -251,10 +253,10 @@ class TurnHooks:
                 base.grad_fn.register_prehook(backward_begins)
             elif tensor.grad_fn is not None:
                 tensor.register_hook(backward_begins)
-        if not found and output is not None:
+        if not found and sys.exc_info()[0] is None:  # no output either of a forward that raised
             raise TypeError(
-                f"model returned a {type(output).__name__} in which ATO finds no tensor: return "
-                "tensors, or containers or objects that hold them"
+                f"model returned a {type(output).__name__} in which ATO finds no tensor, so that its backward would "
+                "not be that of the masked network: return tensors, or containers or objects that hold them"
             )
         return output
 

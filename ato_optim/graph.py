@@ -22,7 +22,7 @@ from torch_pruning.ops import OPTYPE
 
 from .axes import Move, Unsafe, channel_axis, mover, moves_by_name
 from .guard import build_graph
-from .unwrap import tensors_in
+from .nests import tensors_in
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 

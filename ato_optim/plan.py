@@ -18,6 +18,7 @@ from .default_device import on_cpu
 from .discovery import Discovery
 from .graph import ForwardFn
 from .groups import Groups
+from .nests import fresh
 from .proof import Trial, named
 from .report import Width
 from .threads import one_at_a_time
@@ -116,7 +117,7 @@ def make_plan(
     trained: set[Any],
     min_width: float = 0.1,
 ) -> Plan:
-    """The plan of `model`, which is not touched, nor is the global random state.
+    """The plan of `model`, which is not touched, nor are `example_inputs` and the global random states.
 
     Groups with parameters outside of `trained` are left alone, and so are those that fail the trial, also of a network
     whose layers have no more than `min_width` of their channels.
@@ -125,6 +126,7 @@ def make_plan(
         ValueError: if the model refuses the example inputs, or torch-pruning the model.
     """
     device = next(model.parameters()).device
+    forward_fn = _on_fresh_inputs(forward_fn)
     with forked_rng(device):
         copied = copy_model(model)
         counts = _layer_counts(model, copied, example_inputs, forward_fn)
@@ -153,6 +155,11 @@ def make_plan(
         torch.tensor([layer.summed for layer in groups.layers], dtype=torch.bool),
         {name: tuple(p.shape) for name, p in model.named_parameters()},
     )
+
+
+def _on_fresh_inputs(forward_fn: ForwardFn) -> ForwardFn:
+    """`forward_fn`, which gets a copy of the example inputs each time: a forward may write into them."""
+    return lambda model, example_inputs: forward_fn(model, fresh(example_inputs))
 
 
 def _layer_counts(model: nn.Module, copied: nn.Module, example_inputs: Any, forward_fn: ForwardFn) -> dict[str, int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from .copies import sharing_copy
 from .cost import build_cost, counted
 from .graph import ForwardFn
 from .groups import Groups, LayerGroup
-from .unwrap import tensors_in
+from .nests import tensors_in
 
 MACS_OF_TRIALS = 5e9
 """Pairs of trials are as many as forwards that cost this together, from one to MOST_PAIRS."""
@@ -184,13 +186,16 @@ class Trial:
             # Norms over a batch of few values make much of the rounding of lower precisions.
             fine = self.tolerance == TOLERANCE
             reason = self._changed(expected_training, found, self.training) if fine else None
-            if reason and not self._random_in_training():
+            if reason and not self._random_in_training(pruned, found):
                 return f"{reason}, in training mode"
         return None
 
     def _place(self, error: Exception) -> str:
         """In which part of the model the innermost forward was that raised `error`, as far as its class tells."""
-        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        # Not the frame that has caught it: where a frame keeps the copy of its locals (before Python 3.13), error,
+        # traceback and frame would hold each other, and with them the optimizer, until garbage is collected.
+        caught = error.__traceback__
+        frames = (frame for frame, _ in traceback.walk_tb(caught and caught.tb_next))
         met = [one for frame in frames if isinstance(one := frame.f_locals.get("self"), nn.Module)]
         names = [name for top in met[:1] for name, module in top.named_modules() if module is met[-1]]
         return f", in {names[0]}" if names and names[0] else ""
@@ -214,11 +219,11 @@ class Trial:
         with forked_rng(self.device):
             return self.forward_fn(copied, self.inputs)
 
-    def _random_in_training(self) -> bool:
-        """Whether the outputs in training mode are others when other random numbers are drawn."""
+    def _random_in_training(self, model: nn.Module, outputs: Any) -> bool:
+        """Whether the `outputs` of `model` in training mode are others when other random numbers are drawn."""
         with forked_rng(self.device):
-            torch.rand(1), torch.rand(1, device=self.device)
-            return difference(self._in_training(self.model), self.training) > self.tolerance
+            torch.rand(1), torch.rand(1, device=self.device), np.random.rand(), random.random()
+            return difference(self._in_training(model), outputs) > self.tolerance
 
     def _seen(self, groups: Groups, layers: Sequence[LayerGroup]) -> bool:
         """Whether anything that the model returns changes when all gates of `layers` close: else any cut passes."""

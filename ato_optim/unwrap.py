@@ -1,16 +1,15 @@
-"""The network inside the wrappers that training puts around it, and the tensors that it returns."""
+"""The network inside the wrappers that training puts around it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils import _pytree
 
 from .sharding import mesh_groups
 
@@ -71,28 +70,3 @@ def _refuse_stale_wrapper(module: nn.Module, _: Any) -> None:
                 "model is wrapped in a DistributedDataParallel from before compress(), which would not average the "
                 "gradients of the smaller parameters: wrap it again, model = DistributedDataParallel(model.module)"
             )
-
-
-def tensors_in(output: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors in what a model returns: nests of containers, and objects by their attributes."""
-    seen: set[int] = set() if _seen is None else _seen
-    for leaf in _pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif id(leaf) not in seen:
-            seen.add(id(leaf))
-            yield from tensors_in(_parts(leaf), seen)
-
-
-def _parts(leaf: Any) -> list[Any]:
-    """What an object holds that pytree does not open: a dict's or list's subclass by its items, others by attribute."""
-    if isinstance(leaf, Mapping):
-        return list(leaf.values())
-    if isinstance(leaf, (list, tuple)):
-        return list(leaf)
-    if isinstance(leaf, (type, nn.Module)):
-        return []
-    declared = [vars(cls).get("__slots__", ()) for cls in type(leaf).__mro__]
-    slots = [slot for found in declared for slot in ([found] if isinstance(found, str) else found)]
-    named = [getattr(leaf, slot) for slot in slots if not slot.startswith("__") and hasattr(leaf, slot)]
-    return [*getattr(leaf, "__dict__", {}).values(), *named]

@@ -31,8 +31,8 @@ from ato_optim import ATO
 from ato_optim.conditions import randomise
 from ato_optim.cost import count_macs
 from ato_optim.graph import call
+from ato_optim.nests import tensors_in
 from ato_optim.proof import difference
-from ato_optim.unwrap import tensors_in
 
 STEPS = 10
 # Where two images of 64 x 64 pixels, or two clips of 4 frames of them, will not do: (samples, frames, side).

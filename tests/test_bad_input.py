@@ -1,7 +1,6 @@
 """Every mistake is met before training, by an error that names the argument, its value and the way out."""
 
 import copy
-import gc
 import re
 import warnings
 
@@ -92,6 +91,11 @@ def test_types():
 def test_nothing_to_prune():
     with pytest.raises(ValueError, match="nothing to prune.*0 is an output of the model"):
         build(nn.Sequential(nn.Linear(4, 2)), inputs=torch.randn(1, 4))
+    model = Residual()
+    with pytest.raises(
+        ValueError, match="not reached by example_inputs. A forward_fn has to run the model that it is given"
+    ):
+        build(model, forward_fn=lambda _, x: model(x))
 
 
 def test_refused_example_inputs_keep_the_models_own_error_as_the_cause():
@@ -120,7 +124,6 @@ def test_a_part_and_a_whole_of_a_model_that_has_an_ato():
     with pytest.raises(ValueError, match="Residual. already has an ATO for its whole Sequential, at step 0"):
         build(whole[0])
     del first
-    gc.collect()
     part = build(whole[0])
     with pytest.raises(ValueError, match="Sequential. already has an ATO for its part Residual, at step 0"):
         build(whole)
@@ -133,8 +136,7 @@ def test_a_model_whose_ato_was_dropped_is_taken():
     model = Residual()
     optimizer = build(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
-    del optimizer, scheduler
-    gc.collect()  # a scheduler and its optimizer hold each other
+    del optimizer, scheduler  # which hold each other
     build(model)
 
 

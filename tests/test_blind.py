@@ -1,7 +1,9 @@
 """What could blind the trial does not: fills, outputs of integers, training alone, masks of zeros, sparse inputs."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -91,6 +93,40 @@ class Noisy(Auxiliary):
 def test_a_training_forward_that_is_random_refuses_nothing():
     found = pruned(Noisy(), torch.randn(4, 6))
     assert [found[layer] for layer in "abd"] == ["pruned"] * 3
+
+
+class Skips(Noisy):
+    """Skips a block by the number that `draw` gives."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.skipped = draw, nn.Linear(24, 24)
+
+    def forward(self, x: Tensor):
+        h = F.relu(self.a(x))
+        h = h if self.training and self.draw() < 0.5 else h + F.relu(self.skipped(h))
+        return self.e(F.relu(self.d(F.relu(self.b(h)))))
+
+
+@pytest.mark.parametrize("draw", [lambda: random.random(), lambda: float(np.random.rand())])
+def test_a_skipped_block_of_other_generators_refuses_nothing(draw):
+    """Both sides of a comparison draw the same, whatever that is."""
+    for seed in range(6):
+        random.seed(seed), np.random.seed(seed)
+        found = pruned(Skips(draw), torch.randn(4, 6))
+        assert [found[layer] for layer in "abd"] == ["pruned"] * 3
+
+
+def test_what_is_random_once_channels_are_gone_refuses_nothing():
+    """The least of a map's values is drawn at random if it is negative: that of the whole network need not be."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        slopes = nn.Sequential(nn.Conv2d(12, 10, 1), nn.RReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        model = nn.Sequential(
+            nn.Conv2d(3, 12, 3), nn.PReLU(12), nn.Conv2d(12, 12, 3), nn.PReLU(), slopes, nn.Linear(10, 3)
+        )
+        found = pruned(model, torch.randn(2, 3, 9, 11))
+        assert [found[layer] for layer in ("0", "2", "4.0")] == ["pruned"] * 3
 
 
 class Pooled(Normed):

@@ -14,9 +14,9 @@ from random_networks import OPERATIONS, RandomNetwork, Recipe
 from ato_optim.compress import apply_cut, derive_cut
 from ato_optim.cost import count_macs
 from ato_optim.graph import call
+from ato_optim.nests import tensors_in
 from ato_optim.plan import make_plan
 from ato_optim.proof import difference, zero_producers
-from ato_optim.unwrap import tensors_in
 
 NETWORKS = int(os.environ.get("ATO_RANDOM_NETWORKS", "200"))
 """Thousands when asked: then drawn anew each time."""

@@ -476,3 +476,54 @@ def test_a_reason_names_the_part_of_the_model_that_fails():
         "cannot go: the forward fails without it (RuntimeError: shape '[2, 24, -1]' is invalid"
     )
     assert found["0"].endswith(", in 1.1)")
+
+
+class Tail(nn.Module):
+    """The last channels of two layers' go another way than the first, and a map's edges are cropped."""
+
+    def __init__(self, negative: bool):
+        super().__init__()
+        self.a, self.t, self.negative = nn.Conv2d(3, 12, 3), nn.Conv2d(3, 8, 3), negative
+        self.b, self.c, self.d = nn.Conv2d(12, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(torch.cat([self.a(x), self.t(x)], 1))
+        k = -8 if self.negative else y.shape[1] - 8
+        h = F.relu(self.b(y[:, :k]) + self.c(y[:, k:]))
+        height, width = h.shape[2:]
+        inside = h[..., 1:-1, 1:-1] if self.negative else h[..., 1 : height - 1, 1 : width - 1]
+        return self.head(F.relu(inside + self.d(h)).mean((2, 3)))
+
+
+def test_ends_of_slices_may_be_counted_from_behind():
+    """torch keeps them as huge positive numbers. The map's width inside is that of the channels."""
+    x = torch.randn(2, 3, 13, 15)
+    found = [plan(Tail(negative), x) for negative in (True, False)]
+    assert roots(found[0]) == roots(found[1]) == {"a", "b"} and "fails without it" in reasons(found[0])["t"]
+    assert found[0].least_flops == found[1].least_flops < 0.5
+
+
+class Groups(nn.Module):
+    """A grouped convolution that may be defined before the layer that it reads."""
+
+    def __init__(self, first: bool, convolution):
+        super().__init__()
+        if first:
+            self.g = convolution(16, 16, 3, groups=4)
+        self.a = nn.Conv2d(3, 16, 3)
+        if not first:
+            self.g = convolution(16, 16, 3, groups=4)
+        self.b, self.head = nn.Conv2d(16, 12, 1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(F.relu(self.g(F.relu(self.a(x)))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_grouped_convolution_may_be_left_with_one_group_in_any_order(convolution):
+    """The least network has one of four groups, which is no grouped convolution any more."""
+    found = [plan(Groups(first, convolution), torch.randn(2, 3, 9, 11)) for first in (True, False)]
+    assert {min(layer.size for layer in optimizer.plan.groups.layers) for optimizer in found} == {4}
+    assert not {"a", "b", "g"} & {layer for optimizer in found for layer in reasons(optimizer)}
+    assert found[0].least_flops == found[1].least_flops < 0.3
