@@ -221,17 +221,23 @@ def test_a_base_optimizer_whose_closure_is_a_second_pass_gets_it():
     model, optimizer = at_a_turn(base=lambda p: SharpnessAware(p, lr=0.1))
     twin, base = explicitly_masked_twin(model, optimizer)
     x, y = next(iter(batches(1)))
+    calls, seen, learn = [], [], optimizer.search.learn
+    optimizer.search.learn = lambda step, gradient, *rest: (seen.append(gradient), learn(step, gradient, *rest))
 
     def loss(model):
         loss = F.cross_entropy(model(x), y)
         loss.backward()
+        calls.append(model)
         return loss
 
     for network, stepping in ((twin, base), (model, optimizer)):
         stepping.zero_grad()
         loss(network)
+        if network is model:
+            expected = gate_gradient(model, optimizer._turn.table, optimizer._turn.gates)
         stepping.step(lambda network=network: loss(network))
-    assert optimizer.last_turn == 12
+    assert optimizer.last_turn == 12 and calls == [twin] * 2 + [model] * 2
+    assert len(seen) == 1 and torch.equal(seen[0], expected), "the controller learns from the first pass alone"
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
