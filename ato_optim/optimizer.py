@@ -34,11 +34,12 @@ class ATO(torch.optim.Optimizer):
     loop as it is, and call `compress()` at the end.
 
     Args:
-        base_optimizer: any torch.optim optimizer over parameters of `model`. It goes on doing the updates;
-            `param_groups` and `state` are shared with it.
+        base_optimizer: any torch.optim optimizer but SparseAdam over parameters of `model`. It goes on doing the
+            updates; `param_groups` and `state` are shared with it.
         model: the network, bare or wrapped (DistributedDataParallel, torch.compile).
         example_inputs: inputs of one forward: a tensor, a tuple or list of arguments, a dict of keyword
-            arguments. Their values hardly matter, their shapes set the MACs.
+            arguments, or another object, which is the one argument. Their values hardly matter, their shapes set the
+            MACs.
         target_flops: share of the dense network's MACs that is kept, in (0, 1]; 1 prunes nothing.
         total_steps: length of the run in calls of step(). Longer runs go on with the committed network.
         ignored_layers: modules, or their names, whose output channels all stay.
@@ -68,8 +69,9 @@ class ATO(torch.optim.Optimizer):
 
     Warns:
         UserWarning: if the run leaves the controller fewer than 20 turns; if `example_inputs` do not reach all layers
-            that are trained; and, while the controller searches, if no turn comes, if layers that are pruned have been
-            frozen, or if the gradients of a turn are not finite.
+            that are trained, or give layers more to do than others would; after the first step, if the state of
+            `base_optimizer` cannot follow a cut; and, while the controller searches, if no turn comes, if layers that
+            are pruned have been frozen, or if the gradients of a turn are not finite.
     """
 
     def __init__(
@@ -121,12 +123,12 @@ class ATO(torch.optim.Optimizer):
         self.least_flops = plan.share(least_mask(plan.layer_of_gate, self.least))
         """The least budget that the model can reach with min_width and round_to."""
         checks.budget(self.target_flops, plan, self.least_flops)
-        limit = self.least_flops + streams * (self.target_flops - self.least_flops)
-        self.least = plan.stream_widths(min_width, self.round_to, limit)
         self.mask = torch.ones(plan.groups.num_gates, dtype=torch.bool, device=plan.device)
         self._layer_of_gate = plan.layer_of_gate.to(plan.device)  # for the pull, which is there every step
         self.search: Search | None = None
         if self.target_flops < 1:
+            limit = self.least_flops + streams * (self.target_flops - self.least_flops)
+            self.least = plan.stream_widths(min_width, self.round_to, limit)
             checks.turns(self.schedule)
             checks.reached(plan, root, trained)
             lr, decay = float(controller_lr or self.schedule.controller_lr), float(controller_weight_decay)

@@ -87,7 +87,9 @@ class Report:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("report().figure() draws with matplotlib: pip install 'ato_optim[bench]'") from error
+            raise ImportError(
+                "report().figure() draws with matplotlib: install it, or ato_optim with the extra 'bench'"
+            ) from error
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         widths, budget = figure.subplots(1, 2, width_ratios=(3, 2))
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from networks import Concat, Flatten, Residual, example
 from torch import nn
 
+from ato_optim import ATO
 from ato_optim.budget import least_mask, minimum_widths, ranks, solve
 from ato_optim.compress import apply_cut, derive_cut
 from ato_optim.graph import call
@@ -134,6 +135,14 @@ def test_streams_that_stay_whole_do_so_in_every_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     assert least[plan.summed].tolist() == [261] and (least[~plan.summed] == 2).all()
+
+
+def test_a_look_ahead_names_the_least_widths_and_what_they_cost():
+    """With the whole budget nothing keeps streams wide: what a report calls the least is what least_flops costs."""
+    model = Residual()
+    optimizer = ATO(torch.optim.SGD(model.parameters(), lr=0.1), model, example(), target_flops=1, total_steps=1)
+    assert optimizer.plan.share(least_mask(optimizer.plan.layer_of_gate, optimizer.least)) == optimizer.least_flops
+    assert all(width.least < width.before == width.after for width in optimizer.report().widths)
 
 
 class Wide(nn.Module):
