@@ -252,6 +252,16 @@ def learning(step: int, last_turn: int, schedule: Schedule) -> None:
         )
 
 
+def chosen(last_turn: int) -> None:
+    """Warn before a cut if the controller had no turn."""
+    if last_turn < 0:
+        warnings.warn(
+            "compress() removes channels that are a guess: in the search ATO had no controller turn. Call the model in "
+            "training mode in each step, in a run that is long enough",
+            stacklevel=4,
+        )
+
+
 def trained(model: nn.Module, names: Collection[str]) -> None:
     """Warn of parameters `names` of prunable layers that are frozen by now."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name in names]

@@ -332,6 +332,9 @@ class ATO(torch.optim.Optimizer):
             ValueError: before the masked channels are zero, saying how many steps are missing; if they are not
                 zero any more; if `model` is another architecture, or cannot be copied; or in place, if its parameters
                 cannot be replaced (fully_shard), or what `base_optimizer` holds cannot follow. Nothing is changed then.
+
+        Warns:
+            UserWarning: if no controller turn has chosen what goes.
         """
         checks.module("model", self.model if model is None else model)
         target = self.model if model is None else unwrap(model)
@@ -341,6 +344,7 @@ class ATO(torch.optim.Optimizer):
         if self.target_flops < 1 and self.cut is None:
             left = self.plan.groups.producers.largest_closed(self.model, self.mask) if own else 0.0
             checks.zeroed(self.step_count, self.schedule, left)
+            checks.chosen(self.last_turn)
         cut = self.cut or derive_cut(self.model, self.plan.groups, self.mask)
         cut_before = self.cut is not None
         done = cut_before if own else cut_of(target) == (cut_of(self.model) if cut_before else cut_by(cut, self.model))

@@ -17,6 +17,9 @@ def test_a_run_without_controller_turns_warns():
     model.eval()
     with pytest.warns(UserWarning, match="no training forward"):
         train(model, optimizer, 40)
+    with pytest.warns(UserWarning, match="removes channels that are a guess") as said:
+        optimizer.compress(inplace=False)
+    assert said[0].filename == __file__
 
 
 def run(epochs: int, forget: bool) -> tuple[int, int]:
