@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from .base import held, with_inner
 from .compress import Cut, apply_cut, select
 from .nests import tensors_in
 from .sharding import is_sharded
+from .warn import warn
 
 _WAY_OUT = "use compress(inplace=False), and a new optimizer to train on"
 
@@ -92,7 +92,7 @@ def warn_of_obstacle(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         for _ in cut_states(optimizer, names, firsts, dense):
             pass
     except ValueError as error:
-        warnings.warn(f"compress() in place will fail: {error}", stacklevel=5)
+        warn(f"compress() in place will fail: {error}")
 
 
 def apply_cut_in_training(cut: Cut, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -86,12 +86,12 @@ def load_pruned(dense_model: Model, path: File) -> Model:
         raise ValueError(f"path ({path}) is no pruned network, {_ADVICE} ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"path ({path}) is no pruned network, {_ADVICE}")
-    if content["version"] != VERSION:
+    if content.get("version") != VERSION:
         raise ValueError(
-            f"path ({path}) has format version {content['version']}, this ato_optim reads {VERSION}: "
+            f"path ({path}) has format version {content.get('version')}, this ato_optim reads {VERSION}: "
             "install the version that wrote it"
         )
-    model, cut = unwrap(dense_model), Cut(**content["cut"])
+    model = unwrap(dense_model)
     if any(isinstance(wrapper, DistributedDataParallel) for wrapper in wrappers(dense_model)):
         raise ValueError(
             "dense_model is wrapped in a DistributedDataParallel, which would not average the gradients of the smaller "
@@ -109,11 +109,16 @@ def load_pruned(dense_model: Model, path: File) -> Model:
     if cut_of(model) is not None:
         raise ValueError("dense_model is cut already: pass a fresh dense model, and load further weights by state_dict")
     trial = copy_model(model)
-    apply_cut(cut, trial)
     try:
+        cut = Cut(**content["cut"])
+        apply_cut(cut, trial)
         trial.load_state_dict(content["weights"])
     except RuntimeError as error:
         raise ValueError(f"path ({path}) holds weights that do not fit dense_model after its cut: {error}") from error
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"path ({path}) is damaged ({type(error).__name__}: {error}), or not what ato_optim.save_pruned writes"
+        ) from error
     apply_cut(cut, model)
     model.load_state_dict(content["weights"])
     return dense_model

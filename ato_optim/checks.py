@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
@@ -20,6 +19,7 @@ from .plan import Plan
 from .projection import Projection
 from .schedule import FEWEST_TURNS, Schedule
 from .unwrap import unwrap
+from .warn import warn
 
 
 def base_and_model(base: Any, model: Any) -> nn.Module:
@@ -72,6 +72,16 @@ OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKey
 def owner_of(model: nn.Module) -> Any:
     """The ATO that has the bare `model`, None if there is none."""
     return OWNERS.get(model, lambda: None)()
+
+
+def free(model: nn.Module) -> None:
+    """`model`, which is to be cut in place, has no ATO of its own that goes on training it."""
+    owner = owner_of(model)
+    if owner is not None and owner.cut is None:
+        raise ValueError(
+            "model has an ATO of its own, which would go on with parameters that are replaced: pass inplace=False, or "
+            "drop that one first"
+        )
 
 
 def module(argument: str, value: Any) -> None:
@@ -218,22 +228,20 @@ def reached(plan: Plan, model: nn.Module, trained: Collection[Any]) -> None:
     unreached = [name for entry in plan.groups.left_out if entry.reason == UNREACHED for name in entry.layers]
     unreached = [name for name in unreached if model.get_submodule(name).weight in trained]
     if unreached:
-        warnings.warn(
+        warn(
             f"example_inputs do not reach layers that are trained: {', '.join(unreached)}. If these read channels that "
             "are pruned they will not fit after compress(): pass a forward_fn that runs all of the model, or name what "
             "they read in ignored_layers; if they run in training mode alone, pass a batch that this takes, of two say",
-            stacklevel=3,
         )
 
 
 def turns(schedule: Schedule) -> None:
     """Warn if the controller will have too few turns to learn from."""
     if schedule.turns < FEWEST_TURNS:
-        warnings.warn(
+        warn(
             f"total_steps={schedule.total_steps} leaves {schedule.turns} controller turn(s), one every "
             f"{schedule.interval} steps: with fewer than {FEWEST_TURNS} the controller gets less far than in longer "
             "runs and may choose poorly. Train longer, or give the search more of the run (phases, interval)",
-            stacklevel=3,
         )
 
 
@@ -243,22 +251,20 @@ def learning(step: int, last_turn: int, schedule: Schedule) -> None:
     noticed = since + PATIENCE * schedule.interval
     never = last_turn < 0 and step == schedule.commit < noticed and step - since > schedule.interval
     if never or step == noticed <= schedule.commit:
-        warnings.warn(
+        warn(
             f"ATO has seen no training forward of its model since step {since}, and searches: the controller learns "
             "nothing, and the channels to keep are a guess. Call the model itself, in training mode (model.train() "
             "after each evaluation) and with gradients, in each step; if your loop calls parts of it, pass as model a "
             "torch.nn.Module whose forward does what the loop does",
-            stacklevel=5,
         )
 
 
 def chosen(last_turn: int) -> None:
     """Warn before a cut if the controller had no turn."""
     if last_turn < 0:
-        warnings.warn(
+        warn(
             "compress() removes channels that are a guess: in the search ATO had no controller turn. Call the model in "
             "training mode in each step, in a run that is long enough",
-            stacklevel=4,
         )
 
 
@@ -266,22 +272,31 @@ def trained(model: nn.Module, names: Collection[str]) -> None:
     """Warn of parameters `names` of prunable layers that are frozen by now."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name in names]
     if frozen:
-        warnings.warn(
+        warn(
             f"{', '.join(frozen)} no longer require gradients, but belong to layers that are being pruned: what is "
             "masked goes all the same, and the controller chooses without their gradients. Freeze layers before ATO is "
             "built, which leaves them whole, or name them in ignored_layers",
-            stacklevel=6,
         )
+
+
+def given(model: nn.Module, names: Iterable[str], step: int) -> bool:
+    """Whether any parameter of `names`, the masked ones, has a gradient to learn from; a warning if not."""
+    if any(model.get_parameter(name).grad is not None for name in names):
+        return True
+    warn(
+        f"no layer that is pruned has a gradient at step {step}: the controller learns nothing from this turn. step() "
+        "reads the .grad of parameters: let it come before zero_grad(), and leave gradients there"
+    )
+    return False
 
 
 def finite(gate_gradient: torch.Tensor, step: int) -> bool:
     """Whether the controller can learn from `gate_gradient` (gates,); a warning if not."""
-    if gate_gradient.isfinite().all():
+    if gate_gradient.square().isfinite().all():  # its AdamW would never forget an infinite square
         return True
-    warnings.warn(
+    warn(
         f"gradients at step {step} are not finite: the controller learns nothing from this turn. If it comes again, "
         "lower the learning rate, or clip",
-        stacklevel=6,
     )
     return False
 

@@ -214,9 +214,11 @@ def select(tensor: Tensor, kept: dict[int, list[int]], dense: list[int] | None =
 
 def _successor(old: nn.Parameter, data: Tensor, dims: dict[int, list[int]]) -> nn.Parameter:
     """A parameter with `data`, the rest of `old`'s gradient, and all that others have put on `old`."""
-    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    new = type(old)(data, old.requires_grad)  # as torch copies it
+    if hasattr(old, "grad_dtype"):  # not in older torch
+        new.grad_dtype = old.grad_dtype
     if old.grad is not None:
-        new.grad, old.grad = select(old.grad, dims), None
+        new.grad = select(old.grad, dims)
     for key, value in vars(old).items():
         alike = isinstance(value, Tensor) and value.shape == old.shape
         setattr(new, key, select(value, dims) if alike else value)
@@ -239,17 +241,19 @@ def apply_cut(cut: Cut, model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
         dims = cut.kept.get(name, {})
         if kept.setdefault(id(tensor), dims) != dims:
             raise ValueError(f"{name} is shared by layers that are cut differently: name them in ignored_layers")
-    done: dict[int, Tensor] = {}
+    successors: dict[int, Tensor] = {}
     replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for name, dims in cut.kept.items():
-        path, _, leaf = name.rpartition(".")
+    for name, dims in cut.kept.items():  # all of them before one is put in place: what is on a parameter may refuse
         old = found[name]
-        if id(old) not in done:
+        if id(old) not in successors:
             new: Tensor = select(old.detach(), dims)
             if isinstance(old, nn.Parameter):
                 replaced[old] = new = _successor(old, new, dims)
-            done[id(old)] = new
-        setattr(model.get_submodule(path), leaf, done[id(old)])
+            successors[id(old)] = new
+    for name in cut.kept:
+        path, _, leaf = name.rpartition(".")
+        found[name].grad = None
+        setattr(model.get_submodule(path), leaf, successors[id(found[name])])
     for name, values in cut.attributes.items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, value)

@@ -154,9 +154,8 @@ class Fine(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        dtype = kwargs.get("dtype")
-        if dtype is not None and dtype.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
+        if kwargs.get("dtype") is not None:
+            kwargs = {**kwargs, "dtype": _finest(kwargs["dtype"])}
         found = func(*args, **kwargs)
         made = isinstance(found, Tensor) and not any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(args))
         return _doubled(found) if made else found
@@ -187,8 +186,13 @@ class _Rounding(TorchDispatchMode):
         return found
 
 
+def _finest(dtype: torch.dtype) -> torch.dtype:
+    """float64 for floating-point numbers, complex128 for complex ones."""
+    return torch.float64 if dtype.is_floating_point else torch.complex128 if dtype.is_complex else dtype
+
+
 def _doubled(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.to(_finest(value.dtype)) if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()
@@ -203,7 +207,7 @@ def in_float64(
     finely = _finely(forward_fn)
     try:  # a device may have no float64
         inputs = with_tensors(example_inputs, _doubled)
-        fine = copy_model(model, lambda t: t.to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
+        fine = copy_model(model, lambda t: t.to(_finest(t.dtype), copy=True))
         with _Rounding() as rounding:
             finely(fine, inputs)
         if trains:

@@ -207,6 +207,7 @@ class TurnHooks:
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._recover()
+        self._request = None
         called = self._called()
         if called is not None:
             forget_turns(called)
@@ -300,13 +301,14 @@ def _inert() -> TurnHooks:
 
 
 def forget_turns(model: nn.Module) -> None:
-    """Take the hooks of all TurnHooks off `model` and what it wraps, also those that it carries as a copy."""
+    """Take hooks that do nothing any more off `model` and what it wraps: those of removed TurnHooks, and of copies."""
     for module in wrappers(model):
         tables = [table for name, table in vars(module).items() if "_hooks" in name and isinstance(table, dict)]
-        for key in {key for table in tables for key, hook in table.items() if _is_turn(hook)}:
+        for key in {key for table in tables for key, hook in table.items() if _is_over(hook)}:
             for table in tables:  # what torch knows of a hook besides goes under its key, too
                 table.pop(key, None)
 
 
-def _is_turn(hook: Any) -> bool:
-    return isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), TurnHooks)
+def _is_over(hook: Any) -> bool:
+    owner = getattr(getattr(hook, "hook", hook), "__self__", None)
+    return isinstance(owner, TurnHooks) and owner._request is None

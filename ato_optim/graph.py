@@ -59,11 +59,11 @@ def trace(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn, called: 
     """The trace of a forward in training mode, which runs auxiliary heads, or in eval mode.
 
     That is where the model wants targets in training mode, or leaves out, as stochastic depth does, some of the modules
-    that are `called` in eval mode, and runs no others. All floating-point parameters of `model` require gradients
+    that are `called` in eval mode, and runs no others. All parameters of `model` that can do so require gradients
     afterwards.
     """
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     try:
         trained = _trace(model.train(), example_inputs, forward_fn)
     except Exception:

@@ -107,12 +107,19 @@ class GateTable:
             for t, dim, n in zip(tensors, self.dims, self.ndims, strict=True)
         ]
         values = torch.cat([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
-        return segment_sums(values[self._order], torch.bincount(self.gate, minlength=gates + 1))[:gates]
+        return segment_sums(values[self._order], nn.functional.pad(self._counts, (0, gates + 1 - len(self._counts))))[
+            :gates
+        ]
 
     @cached_property
     def _order(self) -> Tensor:
         """All positions, gate by gate."""
         return self.gate.argsort(stable=True)
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        """How many positions each gate has, as far as there are any: counted once, for the count waits for a GPU."""
+        return self.gate.bincount()
 
     @torch.no_grad()
     def largest_closed(self, model: nn.Module, mask: Tensor) -> float:

@@ -177,7 +177,9 @@ class ATO(torch.optim.Optimizer):
             first = closure() if closure is not None and known else None
         turn, done = self._turn, self.step_count + 1
         if self.search is not None and turn is not None:
-            self._controller_turn(self.search, turn)
+            turn.undo()
+            if self.last_turn < self.step_count:  # else the base optimizer has raised since
+                self._controller_turn(self.search, turn)
             turn.mask_gradients()
         if closure is not None:
             closure = known_once(closure, first, self.model) if known else closure
@@ -272,11 +274,10 @@ class ATO(torch.optim.Optimizer):
 
     def _controller_turn(self, search: Search, turn: Masking) -> None:
         """Learn from the gradients that the user's backward through the masked network left."""
-        turn.undo()
         checks.trained(self.model, {*turn.table.names, *self.plan.groups.producers.names})
         ascending = {name for name, maximize in option(self.base, self.model, "maximize").items() if maximize}
         gradient = gate_gradient(self.model, turn.table, turn.gates, ascending).cpu()
-        if checks.finite(gradient, self.step_count):
+        if checks.given(self.model, turn.table.names, self.step_count) and checks.finite(gradient, self.step_count):
             weights = channel_weights(self.plan.groups, self.model).cpu()
             budget = self.schedule.budget(self.step_count, self.target_flops)
             search.learn(self.step_count, gradient, weights, budget)
@@ -291,14 +292,13 @@ class ATO(torch.optim.Optimizer):
         left, zero = self.schedule.steps_left(step), step >= self.schedule.zero
         producers, consumers = self.plan.groups.producers, self.plan.groups.consumers
         if self.projection == "timed" or zero:
-            factor = torch.tensor(timed(left), dtype=torch.float32, device="cpu")
+            factor = torch.full_like(self.mask, timed(left), dtype=torch.float32)  # there: a copy would wait for a GPU
         else:
-            rates = option(self.base, self.model, "lr")
-            norm, rate = norms_and_rates(producers, self.model, rates, len(self.mask))
+            norm, rate = norms_and_rates(producers, self.model, option(self.base, self.model, "lr"), len(self.mask))
             shares = masked_shares(self.mask, self._layer_of_gate, len(self.least))
             threshold = self.schedule.grown(step, self.penalty) * rate * shares
             factor = halfspace(norm, threshold, self.epsilon if self.projection == "halfspace" else 0.0)
-        gates = torch.where(self.mask, 1.0, factor)
+        gates = factor.masked_fill_(self.mask, 1.0)
         # Columns that read zeros do nothing but send gradients back; norms without a scale make them large for a clip.
         for table in (producers, consumers) if zero else (producers,):
             table.scale(table.parameters(self.model), gates)
@@ -330,8 +330,9 @@ class ATO(torch.optim.Optimizer):
         Raises:
             TypeError: if `model` is no module.
             ValueError: before the masked channels are zero, saying how many steps are missing; if they are not
-                zero any more; if `model` is another architecture, or cannot be copied; or in place, if its parameters
-                cannot be replaced (fully_shard), or what `base_optimizer` holds cannot follow. Nothing is changed then.
+                zero any more; if `model` is another architecture, has an ATO of its own, or cannot be copied; or in
+                place, if its parameters cannot be replaced (fully_shard), or what `base_optimizer` holds cannot
+                follow. Nothing is changed then.
 
         Warns:
             UserWarning: if no controller turn has chosen what goes.
@@ -339,8 +340,8 @@ class ATO(torch.optim.Optimizer):
         checks.module("model", self.model if model is None else model)
         target = self.model if model is None else unwrap(model)
         own = target is self.model
-        if own and inplace:
-            checks.replaceable(self.model)
+        if inplace:
+            checks.replaceable(self.model) if own else checks.free(target)
         if self.target_flops < 1 and self.cut is None:
             left = self.plan.groups.producers.largest_closed(self.model, self.mask) if own else 0.0
             checks.zeroed(self.step_count, self.schedule, left)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from .nests import fresh
 from .proof import Trial, named
 from .report import Width
 from .threads import one_at_a_time
+from .warn import warn
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,9 @@ def _layer_counts(model: nn.Module, copied: nn.Module, example_inputs: Any, forw
                 "forward need not hold for another. Pass a forward_fn that runs all of its layers"
             )
     if uneven:
-        warnings.warn(
+        warn(
             f"model ({type(model).__name__}) gives its layer '{uneven[0]}' more to do for some inputs than for others: "
             "MACs, and the budget, are those of a forward on example_inputs with the weights of now",
-            stacklevel=6,
         )
     return counts
 

@@ -107,6 +107,26 @@ def test_other_files_and_models_are_refused(saved, tmp_path):
         load_pruned(bare, saved[1])
 
 
+@pytest.mark.parametrize("damage", ["version", "cut", "weights", "kept", "far away", "nowhere"])
+def test_a_damaged_file_is_refused_and_nothing_is_changed(saved, damage, tmp_path):
+    content = torch.load(saved[1], weights_only=True)
+    name = next(iter(content["cut"]["kept"]))
+    if damage in content:
+        del content[damage]
+    elif damage == "kept":
+        del content["cut"]["kept"]
+    elif damage == "far away":
+        content["cut"]["kept"][name] = {dim: [10**6] * len(kept) for dim, kept in content["cut"]["kept"][name].items()}
+    else:
+        content["cut"]["attributes"]["nowhere"] = {"out_channels": 3}
+    torch.save(content, tmp_path / "damaged.pt")
+    model = Residual()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"damaged\.pt"):
+        load_pruned(model, tmp_path / "damaged.pt")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_network_that_an_optimizer_holds_already_is_refused(saved):
     """Its parameters would be others after loading, and training would go on with the old ones, in silence."""
     model, _optimizer = make()

@@ -54,6 +54,34 @@ def test_hooks_and_attributes_of_parameters_go_on():
     assert seen == [new.shape] * 2
 
 
+class Named(nn.Parameter):
+    """A class of somebody's own."""
+
+
+@pytest.mark.skipif(not hasattr(torch.zeros(1), "grad_dtype"), reason="not in this torch")
+@pytest.mark.parametrize("without", [(), ("stem.0.weight", "one.0.weight")])
+def test_the_dtype_of_gradients_and_the_class_of_parameters_go_on(without):
+    """Also where only some have a gradient when the cut comes: a failure between two of them would leave a ruin."""
+    model = Residual().to(torch.bfloat16)
+    model.one[0].weight = Named(model.one[0].weight.detach())
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    inputs = example().to(torch.bfloat16)
+    optimizer = ATO(base, model, inputs, target_flops=0.6, total_steps=20, phases=SHORT, interval=1)
+    for x, y in batches(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.to(torch.bfloat16)).float(), y).backward()
+        optimizer.step()
+    for name in without:
+        model.get_parameter(name).grad = None
+    optimizer.compress()
+    assert type(model.one[0].weight) is Named
+    for name, p in model.named_parameters():
+        assert p.grad_dtype == torch.float32 and (p.grad is None) == (name in without), name
+        assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.shape == p.shape)
+
+
 class Inner(torch.optim.Optimizer):
     """A base that hands its parameters to optimizers of its own, as ZeroRedundancyOptimizer does."""
 

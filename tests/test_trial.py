@@ -118,7 +118,21 @@ class Sums(nn.Linear):
         return x + 0 * kept
 
 
+@torch.library.custom_op("ato_tests::rounded", mutates_args=())
+def rounded(x: Tensor) -> Tensor:
+    return x.to(torch.float32, copy=True)
+
+
 class Rounds(nn.Linear):
+    """Has a kernel of its own, which works in float32 whatever it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0 * rounded(x.detach()).mean().to(x)
+
+
+class Imaginary(nn.Linear):
+    """Goes through complex numbers."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 0 * x.detach().to(torch.complex64).real.mean()
 
@@ -139,6 +153,7 @@ class Insists(nn.Linear):
         (Converts, True, TOLERANCE),
         (Sums, True, TOLERANCE),
         (Rounds, True, COARSE_TOLERANCE),
+        (Imaginary, True, TOLERANCE),
         (Insists, False, COARSE_TOLERANCE),
     ],
 )
@@ -205,6 +220,14 @@ class ComplexConvolution(nn.Module):
         x = torch.relu(self.one(x))
         x = torch.relu(self.three(self.two(torch.complex(x, x / 2)).abs()))
         return self.fc(torch.relu(self.four(x)).mean((2, 3)))
+
+
+def test_a_network_of_complex_numbers_is_tried_in_their_finest():
+    model = nn.Sequential(*(nn.Linear(m, n, dtype=torch.complex64) for m, n in ((6, 8), (8, 12), (12, 3))))
+    x = torch.randn(4, 6, dtype=torch.complex64)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ATO(base, model, x, target_flops=0.5, total_steps=100, forward_fn=lambda model, x: model(x).abs())
+    assert [layer.root for layer in optimizer.plan.groups.layers] == ["0", "1"]
 
 
 def test_a_layer_that_a_complex_convolution_reads_is_left_alone_and_others_are_pruned():

@@ -190,6 +190,44 @@ def test_weights_that_a_forward_renormalises_keep_nothing_of_the_mask(assigns):
     assert torch.equal(model.fc.weight, before)
 
 
+class Failing(torch.optim.SGD):
+    """Raises in its next step: out of memory, say."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            self.fails = False
+            raise MemoryError
+        return super().step(closure)
+
+
+def test_a_turn_whose_step_raised_teaches_the_controller_once():
+    """The step that is tried again goes on with the same mask, whose gradients the controller has seen."""
+    torch.manual_seed(0)
+    model = Residual()
+    base = Failing(model.parameters(), lr=0.05)
+    optimizer = ATO(base, model, example(), target_flops=0.5, total_steps=40, phases=SHORT, interval=1, streams=0)
+    for k, (x, y) in enumerate(batches(8)):
+        base.fails = k == 6
+        gates = None
+        while optimizer.step_count == k:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            drawn = optimizer._turn.gates if optimizer.turn_begun else None
+            assert gates is None or torch.equal(drawn, gates)
+            gates = drawn
+            try:
+                optimizer.step()
+            except MemoryError:
+                learned = copy.deepcopy(optimizer.search.state_dict()["controller"])
+                assert optimizer.last_turn == 6
+        if k == 6:
+            after = optimizer.search.state_dict()["controller"]
+            assert all(torch.equal(value, after[name]) for name, value in learned.items())
+    assert [step for step, _ in optimizer.history] == [4, 5, 6, 7]
+
+
 def test_a_training_forward_without_gradients_is_no_error():
     class Predicts(Residual):
         def forward(self, x: Tensor, predict: bool = False) -> Tensor:

@@ -87,6 +87,54 @@ def test_a_turn_whose_gradients_are_not_finite_teaches_nothing_and_says_so():
     optimizer.compress()
 
 
+def first_turn(model, optimizer, backward):
+    """Train until `backward` of a loss has left the gradients of a turn."""
+    for x, y in batches(100):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        if optimizer.turn_begun:
+            return backward(loss)
+        loss.backward()
+        optimizer.step()
+    raise AssertionError("no turn came")
+
+
+def test_a_turn_without_gradients_teaches_nothing_and_says_so():
+    """They are elsewhere by then: taken over in the backward, say, or zeroed before the step."""
+    model, optimizer = make(total_steps=200)
+    before = copy.deepcopy(optimizer.search.state_dict())
+    first_turn(model, optimizer, lambda loss: (loss.backward(), optimizer.zero_grad()))
+    with pytest.warns(UserWarning, match="no layer that is pruned has a gradient at step") as said:
+        optimizer.step()
+    assert said[0].filename == __file__
+    after = optimizer.search.state_dict()
+    assert all(torch.equal(value, after["controller"][name]) for name, value in before["controller"].items())
+
+
+def test_a_gradient_whose_square_overflows_teaches_nothing():
+    """An infinite second moment would keep the controller's weights where they are for the rest of the run."""
+    model, optimizer = make(base="sgd", total_steps=200)
+    first_turn(model, optimizer, lambda loss: (loss * 1e25).backward())
+    with pytest.warns(UserWarning, match="gradients at step .* are not finite"):
+        optimizer.step()
+    assert not optimizer.search.optimizer.state
+
+
+def test_warnings_point_at_the_loop_through_a_scheduler():
+    """Which wraps step(), in a file of torch."""
+    model, optimizer = make()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    model.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in batches(40):
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+    said = [warning for warning in caught if "no training forward" in str(warning.message)]
+    assert [warning.filename for warning in said] == [__file__]
+
+
 def test_layers_that_are_frozen_on_the_way_are_named():
     model, optimizer = make(total_steps=200)
     model.one.requires_grad_(False)
