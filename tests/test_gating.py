@@ -242,25 +242,6 @@ def test_a_base_optimizer_whose_closure_is_a_second_pass_gets_it():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_resumed_between_the_two_passes_of_a_turn_is_the_uninterrupted_one():
-    model, optimizer = at_a_turn(base=lambda p: SharpnessAware(p, lr=0.1))
-    x, y = next(iter(batches(1)))
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    other = Residual()
-    options = {"target_flops": 0.5, "total_steps": 100, "phases": SHORT, "interval": 3, "streams": 0, "pull_time": 1e9}
-    resumed = ATO(SharpnessAware(other.parameters(), lr=0.1), other, example(), **options)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    other.load_state_dict(model.state_dict())
-    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
-        mine.grad = theirs.grad.clone()
-    for network, stepping in ((model, optimizer), (other, resumed)):
-        stepping.step(lambda network=network: F.cross_entropy(network(x), y).backward())
-    assert optimizer.last_turn == resumed.last_turn == 12
-    assert same(model.state_dict(), other.state_dict())
-    assert same(optimizer.search.controller.state_dict(), resumed.search.controller.state_dict())
-
-
 def test_masked_weights_are_seen_by_the_training_forward_alone():
     """Evaluation, state_dict, deepcopy, an exception: at every moment of a turn they meet the real weights."""
     model, optimizer = at_a_turn()
