@@ -25,14 +25,10 @@ from .unwrap import wrappers
 
 
 class Masking:
-    """The masked columns of one model for the gates (gates,) float of one controller turn.
-
-    `differentiated` says whether a backward has run masked: whether the gradients are those of the masked network.
-    """
+    """The masked columns of one model for the gates (gates,) float of one controller turn."""
 
     def __init__(self, model: nn.Module, table: GateTable, gates: Tensor):
         self.model, self.table, self.gates = model, table, gates
-        self.differentiated = False
         self._masked: list[nn.Parameter] = []
         self._weights: list[Tensor] | None = None
         self._assigned: list[tuple[str, dict[str, Tensor | None], dict[str, Tensor | None]]] = []
@@ -250,7 +246,6 @@ class TurnHooks:
             engine.queue_callback(_AtTheEnd(lambda: self._put_back(masking)))
             self._masking = masking
             masking.apply()
-            masking.differentiated = True
 
         found = list(tensors_in(output))
         for tensor in found:

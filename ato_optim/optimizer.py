@@ -165,14 +165,12 @@ class ATO(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the base optimizer's, and the pull on masked channels.
 
-        On a controller turn the controller learns first, from the gradients in hand or from those of a first call of
-        `closure`, and the base optimizer trains the masked network: what the mask closes gets no gradient, and buffers
-        stay what they were.
+        On a controller turn the controller learns first, and the base optimizer trains the masked network: what
+        the mask closes gets no gradient, and buffers stay what they were.
         """
         if self.search is not None and self.cut is None:
             checks.moved(self.model, self.plan.device)
-        learned = self._turn is not None and self._turn.differentiated  # SAM's closure is a second pass
-        known = closure is not None and self._turn_due and not learned
+        known = closure is not None and self._turn_due
         with torch.enable_grad():
             first = closure() if closure is not None and known else None
         turn, done = self._turn, self.step_count + 1
@@ -232,9 +230,8 @@ class ATO(torch.optim.Optimizer):
         resume.unpack(self, saved)
         self._detach()
         self._attach()
-        turn = self._request_masking() if saved["turn_begun"] else None
-        if turn is not None:
-            turn.differentiated = True
+        if saved["turn_begun"]:
+            self._request_masking()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
