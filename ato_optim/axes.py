@@ -161,6 +161,7 @@ def _signed(number: int) -> int:
 
 
 def _dimension(dim: int, rank: int) -> int:
+    """The dimension `dim` of a tensor of `rank` dimensions, counted from the front."""
     return _signed(dim) % rank
 
 

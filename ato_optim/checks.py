@@ -107,13 +107,13 @@ def _contended(base: torch.optim.Optimizer, model: nn.Module) -> list[nn.Module]
     """The model, parts and wholes of it, as far as an ATO that has not compressed yet has them and trains the same."""
     parts, trained = set(model.modules()), {id(p) for group in base.param_groups for p in group["params"]}
 
-    def same(owned: nn.Module) -> bool:
+    def contends(owned: nn.Module) -> bool:
         owner = owner_of(owned)
         if owner is None or owner.cut is not None or not (owned in parts or model in set(owned.modules())):
             return False
         return owned is model or not trained.isdisjoint(id(p) for group in owner.param_groups for p in group["params"])
 
-    return [owned for owned in list(OWNERS) if same(owned)]
+    return [owned for owned in list(OWNERS) if contends(owned)]
 
 
 PATIENCE = 5
