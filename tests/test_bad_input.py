@@ -1,6 +1,7 @@
 """Every mistake is met before training, by an error that names the argument, its value and the way out."""
 
 import copy
+import gc
 import re
 import warnings
 
@@ -136,8 +137,14 @@ def test_a_model_whose_ato_was_dropped_is_taken():
     model = Residual()
     optimizer = build(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
-    del optimizer, scheduler  # which hold each other
-    build(model)
+    cycle = [optimizer, scheduler]
+    cycle.append(cycle)  # as tracebacks are, too
+    gc.disable()
+    try:
+        del optimizer, scheduler, cycle
+        build(model)
+    finally:
+        gc.enable()
 
 
 def test_inputs_of_another_dtype_are_named_with_what_the_model_said():

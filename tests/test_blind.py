@@ -117,6 +117,25 @@ def test_a_skipped_block_of_other_generators_refuses_nothing(draw):
         assert [found[layer] for layer in "abd"] == ["pruned"] * 3
 
 
+class NoisyChannels(Noisy):
+    """Adds as many numbers of `draw` as there are channels, so that a cut network draws others."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor):
+        h = F.relu(self.a(x))
+        h = h * torch.tensor([self.draw() for _ in range(h.shape[1])]).to(h) if self.training else h
+        return self.e(F.relu(self.d(F.relu(self.b(h)))))
+
+
+@pytest.mark.parametrize("draw", [lambda: random.random(), lambda: float(np.random.rand())])
+def test_noise_of_other_generators_refuses_nothing(draw):
+    found = pruned(NoisyChannels(draw), torch.randn(4, 6))
+    assert [found[layer] for layer in "abd"] == ["pruned"] * 3
+
+
 def test_what_is_random_once_channels_are_gone_refuses_nothing():
     """The least of a map's values is drawn at random if it is negative: that of the whole network need not be."""
     for seed in range(6):
